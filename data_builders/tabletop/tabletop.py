@@ -1,0 +1,107 @@
+"""Demonstrations of the scripted expert in the embedded tabletop, rendered and kept if successful.
+
+`python -m data_builders.build tabletop --out=data/tabletop`: 600 episodes of the four core tasks,
+about 21 steps each at 10 steps per second.
+"""
+
+import dataclasses
+import difflib
+from typing import ClassVar
+
+import numpy as np
+
+from data_builders import builder, episode
+from data_builders.builder import Skip, option
+from jaxvp.envs import tabletop
+
+TASKS = {name: (name,) for name in tabletop.SEEN_TASKS | tabletop.UNSEEN_TASKS} | {
+    "core": tuple(tabletop.CORE_TASKS),
+    "seen": tuple(tabletop.SEEN_TASKS),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Builder(builder.Builder):
+    """Tabletop demonstrations: two arms, three cameras, absolute positions as actions."""
+
+    name: ClassVar[str] = "tabletop"
+    version: ClassVar[str] = "1.0.0"
+    items_per_shard: ClassVar[int] = 50
+
+    episodes: int = option(600, "episodes to run, in turn over the tasks")
+    tasks: tuple[str, ...] = option(("core",), "core, seen, or names of tasks")
+    image_size: int = option(32, "height and width of every camera, pixels")
+    seed: int = option(1_000_000, "of the first episode; evaluations start at 0")
+    disturbance: float = option(0.01, "noise on the motion, metres per step and axis")
+    background: str = option("seen", "table tops: seen or unseen")
+    distractors: str = option("none", "none, seen or unseen")
+
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks, in order.
+
+        Raises:
+          ValueError: there is none, or no such task; the message suggests the nearest name.
+        """
+        if not self.tasks:
+            raise ValueError(f"--tasks is empty: name some of {', '.join(TASKS)}.")
+        for name in self.tasks:
+            if name not in TASKS:
+                close = difflib.get_close_matches(name, TASKS, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"--tasks: no task {name!r}.{hint} There are {', '.join(TASKS)}.")
+        return tuple(dict.fromkeys(task for name in self.tasks for task in TASKS[name]))
+
+    def features(self):
+        units = [unit if unit != "1" else "0 closed..1 open" for unit in tabletop.ACTION_UNITS]
+        names = [
+            f"{name} [{unit}]" for name, unit in zip(tabletop.ACTION_NAMES, units, strict=True)
+        ]
+        size = self.image_size, self.image_size
+        return episode.features({camera: size for camera in tabletop.CAMERAS}, names, names)
+
+    def items(self):
+        """(task, seed) of every episode.
+
+        Raises:
+          ValueError: an option has no such value.
+        """
+        tasks = self.task_names()
+        self._env(tasks[0])
+        return [(tasks[i % len(tasks)], self.seed + i) for i in range(self.episodes)]
+
+    def build(self, item):
+        task, seed = item
+        env = self._env(task)
+        observation, info = env.reset(seed=seed)
+        observations, actions, over = [], [], False
+        while not over:
+            observations.append(observation)
+            action = np.clip(env.expert_action(), env.action_space.low, env.action_space.high)
+            actions.append(action)
+            observation, _, success, truncated, info = env.step(action)
+            over = success or truncated
+        if not success:
+            raise Skip(f"{task}: not successful")
+        columns = {name: np.stack([o[name] for o in observations]) for name in observation}
+        return episode.Episode(
+            dataset=self.name,
+            episode_id=f"{task}-{seed}",
+            robot=tabletop.ROBOT,
+            images={camera: columns[camera] for camera in tabletop.CAMERAS},
+            camera_text=tabletop.CAMERA_TEXT,
+            state=columns["state"],
+            action=np.stack(actions),
+            instruction=info["instruction"],
+            fps=tabletop.FPS,
+            source=f"tabletop/{task}/{seed}",
+            options=self.options(),
+        ).records(self.features())
+
+    def _env(self, task: str) -> tabletop.TabletopEnv:
+        return tabletop.TabletopEnv(
+            task,
+            image_size=self.image_size,
+            background=self.background,
+            distractors=self.distractors,
+            disturbance=self.disturbance,
+        )

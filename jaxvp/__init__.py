@@ -1,0 +1,3 @@
+"""Robot video policies in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Simulated environments that come with jaxvp."""

@@ -1,0 +1,407 @@
+"""LIBERO (Liu et al. 2023, arXiv 2306.03310) without PyTorch: tasks, initial states, environment.
+
+LIBERO's environments import no torch, but its `benchmark` and `utils.utils` do: nothing here
+imports those. Needs hf-libero, robosuite 1.4 and MuJoCo before 3.4, which this module checks.
+
+Orientation, as seen in rendered frames: MuJoCo's raw images ("none") are upside down. "flip"
+reverses the rows: the writing on the packages can be read, and the robot's left side, with the
+basket of libero_object, is on the right, as seen by a camera that faces the robot. "180", which
+published data and policies use, is upright but mirrored: the writing is reversed.
+"""
+
+import contextlib
+import ctypes.util
+import functools
+import importlib
+import json
+import logging
+import os
+import pickle
+import re
+import runpy
+import sys
+import threading
+import warnings
+import zipfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # Ours to LIBERO's.
+ROTATIONS = {"180": np.s_[::-1, ::-1], "flip": np.s_[::-1], "none": np.s_[:]}
+FPS = 20
+ROBOT = "libero_panda"
+CAMERA_TEXT = "a camera facing the robot and a wrist camera"
+STATE_NAMES = (
+    *(f"eef_{axis} [m]" for axis in "xyz"),
+    *(f"eef_axis_angle_{axis} [rad]" for axis in "xyz"),
+    *(f"gripper_{finger}_finger [m]" for finger in ("left", "right")),
+)
+# The full range of the controller's input, -1..1, is 0.05 m and 0.5 rad.
+ACTION_NAMES = (
+    *(f"eef_delta_{axis} [0.05 m]" for axis in "xyz"),
+    *(f"eef_delta_axis_angle_{axis} [0.5 rad]" for axis in "xyz"),
+    "gripper [0 closed .. 1 open]",
+)
+REST = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)  # No motion, gripper open.
+INSTALL = (
+    "pip install 'jaxvp[libero]' && "
+    "pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
+)
+# From MuJoCo 3.4 on a bowl falls over in libero_spatial task 5 (lerobot #4390).
+VERSIONS = {
+    "hf-libero": r"0\.1\.",
+    "robosuite": r"1\.4\.",
+    "bddl": r"1\.0\.",
+    "mujoco": r"3\.[0-3]\.",
+}
+ASSETS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+# The seed moves fixtures even when the state is set, so it is set before every reset. It is that of
+# NumPy's global generator, so only one environment resets at a time.
+SEED = 0
+_reset_lock = threading.Lock()
+
+
+def package() -> Path:
+    """The folder of LIBERO's code, task and state files, found without importing it.
+
+    Raises:
+      RuntimeError: a package is missing or has a version with other behaviour.
+    """
+    for name, pattern in VERSIONS.items():
+        found = "nothing"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.version(name)
+        if not re.match(pattern, found):
+            wanted = pattern.replace("\\", "")
+            raise RuntimeError(
+                f"LIBERO needs {name} {wanted}*, found {found} installed. Run: {INSTALL}"
+            )
+    return Path(metadata.distribution("hf-libero").locate_file("libero/libero"))
+
+
+def setup(assets: str | Path | None = None) -> Path:
+    """Makes `import libero.libero.envs` work: configuration, renderer and assets.
+
+    Args:
+      assets: the folder of meshes, textures and scenes; None for `assets` in the package.
+
+    Returns:
+      The folder of assets in use.
+
+    Raises:
+      RuntimeError: see `package`, or OSMesa is missing.
+      FileNotFoundError: `assets` is not the folder of LIBERO's assets.
+    """
+    root = package()
+    assets = Path(assets or root / "assets").resolve()
+    if missing := [name for name in ASSETS if not (assets / name).is_dir()]:
+        raise FileNotFoundError(
+            f"{assets} must hold LIBERO's assets; it has no {', '.join(missing)}. Download the "
+            "dataset lerobot/libero-assets from huggingface.co and pass --libero_assets=DIR."
+        )
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "osmesa")
+        if os.environ["MUJOCO_GL"] == "osmesa" and not ctypes.util.find_library("OSMesa"):
+            raise RuntimeError(
+                "MUJOCO_GL=osmesa renders with libOSMesa, which is not installed. "
+                "Run: apt-get install libosmesa6; or set MUJOCO_GL=egl to render on a GPU."
+            )
+    # Without this file the import asks a question on stdin.
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "jaxvp", "libero")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets"}
+    config = {"benchmark_root": str(root), "assets": str(assets)}
+    config |= {key: str(root / path) for key, path in paths.items()}
+    partial = folder / f"config.{os.getpid()}"
+    partial.write_text(json.dumps(config))  # JSON is YAML.
+    os.replace(partial, folder / "config.yaml")
+    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # It advises on macros.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("libero.libero.envs")
+    # The configuration's assets are not read; what is not preset here would be downloaded.
+    sys.modules["libero.libero"]._assets_path_cache = str(assets)
+    return assets
+
+
+@functools.cache
+def tasks(suite: str) -> tuple[str, ...]:
+    """The names of a suite's tasks, in the benchmark's order.
+
+    Raises:
+      ValueError: there is no such suite.
+      RuntimeError: see `package`.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"No LIBERO suite {suite!r}; there are {', '.join(SUITES)}.")
+    path = package() / "benchmark" / "libero_suite_task_map.py"  # Its package imports torch.
+    return tuple(runpy.run_path(str(path))["libero_task_map"][suite])
+
+
+def instruction(task: str) -> str:
+    """The benchmark's instruction, from the task's name: "pick up the milk and ...".
+
+    Not that of the BDDL file and of the demonstrations' `problem_info`, which is worded
+    differently ("pick the milk and ..."): policies are trained and evaluated with this one.
+    """
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads an array and nothing else: a pickle could run any code otherwise."""
+
+    allowed = (
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    )
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def read_init_states(path: Path) -> np.ndarray:
+    """float64[trials, 1 + nq + nv], rows [time, qpos, qvel], from a `*.pruned_init` file.
+
+    Such a file is what torch.save makes of an array: a zip with a pickle of the array.
+
+    Raises:
+      ValueError: the file holds something else, or its pickle asks for code that is not allowed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            states = _ArrayUnpickler(archive.open(*names or ["data.pkl"])).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} does not hold initial states: {error}.") from error
+    if not isinstance(states, np.ndarray) or states.dtype != np.float64 or states.ndim != 2:
+        raise ValueError(f"{path} must hold a float64 matrix, found {type(states)}.")
+    return states
+
+
+def init_states(suite: str, task: str) -> np.ndarray:
+    """The official initial states float64[50, 1 + nq + nv] of a task.
+
+    Raises:
+      ValueError: no such suite or task, or see `read_init_states`.
+    """
+    return read_init_states(_task_file(suite, task, "init_files", ".pruned_init"))
+
+
+def _task_file(suite: str, task: str, folder: str, suffix: str) -> Path:
+    if task not in tasks(suite):
+        raise ValueError(f"{suite} has no task {task!r}; it has {', '.join(tasks(suite))}.")
+    return package() / folder / suite / (task + suffix)
+
+
+def to_libero(action: np.ndarray) -> np.ndarray:
+    """Actions [..., 7] with gripper 0 closed .. 1 open to LIBERO's, -1 open .. 1 closed."""
+    return np.concatenate([action[..., :6], 1 - 2 * action[..., 6:]], -1)
+
+
+def from_libero(action: np.ndarray) -> np.ndarray:
+    """LIBERO's actions [..., 7] to float32 with gripper 0 closed .. 1 open."""
+    gripper = (1 - action[..., 6:].clip(-1, 1)) / 2
+    return np.concatenate([action[..., :6], gripper], -1, dtype=np.float32)
+
+
+class Images(Mapping):
+    """Camera to uint8[H, W, 3] of one moment, rendered when first read, before the next step.
+
+    OSMesa takes 40 ms for an image of any size, physics 10 ms for a step, and a policy that
+    executes chunks of actions looks once per chunk.
+    """
+
+    def __init__(self, env: "LiberoEnv"):
+        self._env, self._moment, self._images = env, env.moment, {}
+
+    def __getitem__(self, camera: str) -> np.ndarray:
+        if camera not in self._images:
+            if self._moment != self._env.moment:
+                raise RuntimeError(f"{camera} must be read before the environment's next step.")
+            self._images[camera] = self._env.render(camera)
+        return self._images[camera]
+
+    def __iter__(self):
+        return iter(CAMERAS)
+
+    def __len__(self):
+        return len(CAMERAS)
+
+
+class LiberoEnv:
+    """One task of a suite.
+
+    Observations are {'images': Images, 'state': float32[8] named by STATE_NAMES, 'instruction',
+    'robot'}, taken at the end of a step. (Those of LIBERO's own wrapper are one or two of the 25
+    physics steps older.) Actions are float32[7], named by ACTION_NAMES.
+
+    Args:
+      image_size: height and width of images in pixels.
+      rotation: a key of ROTATIONS.
+      assets: see `setup`.
+
+    Raises:
+      ValueError: no such suite, task or rotation.
+      RuntimeError, FileNotFoundError: see `setup`.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        task: str,
+        image_size: int = 256,
+        rotation: str = "180",
+        assets: str | Path | None = None,
+    ):
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, found {rotation!r}.")
+        bddl = _task_file(suite, task, "bddl_files", ".bddl")
+        setup(assets)
+        from libero.libero.envs import OffScreenRenderEnv
+
+        self.instruction = instruction(task)
+        self.image_size, self.rotation = image_size, rotation
+        self.moment = 0  # Counts changes of the simulator's state.
+        # The wrapper around this environment repeats a reset that fails, whatever the error is.
+        self._env = OffScreenRenderEnv(
+            bddl_file_name=str(bddl), use_camera_obs=False, ignore_done=True
+        ).env
+
+    def reset(self, state: np.ndarray) -> dict:
+        """Rebuilds the scene and sets `state`, float64[1 + nq + nv] as [time, qpos, qvel]."""
+        from robosuite.utils.errors import RandomizationError
+
+        with _reset_lock:
+            self._env.seed(SEED)
+            for _ in range(100):  # Random placement may find no room.
+                with contextlib.suppress(RandomizationError):
+                    self._env.reset()
+                    return self.set_state(state)
+        raise RuntimeError(f"No placement of objects found in 100 attempts: {self.instruction}")
+
+    def set_state(self, state: np.ndarray) -> dict:
+        """Sets a recorded state in the present scene.
+
+        Raises:
+          ValueError: `state` is not of this task.
+        """
+        model = self._env.sim.model
+        if np.shape(state) != (1 + model.nq + model.nv,):
+            expected = f"[time, {model.nq} qpos, {model.nv} qvel]"
+            raise ValueError(f"A state is {expected} here, found shape {np.shape(state)}.")
+        self._env.sim.set_state_from_flattened(state)
+        self._env.sim.forward()
+        self._env._check_success()  # As LIBERO does it: some objects' states are kept by this.
+        self._env._post_process()
+        return self._observation()
+
+    def step(self, action: np.ndarray) -> tuple[dict, bool]:
+        """Acts for 1 / FPS seconds.
+
+        Returns:
+          The observation and whether the task's predicate holds.
+
+        Raises:
+          ValueError: `action` is not float[7] or not finite.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"An action is 7 finite numbers, found {action}.")
+        success = self._env.step(to_libero(action))[2]
+        return self._observation(), bool(success)
+
+    def render(self, camera: str) -> np.ndarray:
+        """uint8[image_size, image_size, 3], oriented by `rotation`."""
+        sim = self._env.sim
+        sim._render_context_offscreen.gl_ctx.make_current()  # Another environment's may be.
+        image = sim.render(
+            height=self.image_size, width=self.image_size, camera_name=CAMERAS[camera]
+        )
+        return np.ascontiguousarray(image[ROTATIONS[self.rotation]])
+
+    def close(self):
+        self._env.close()
+
+    def _observation(self) -> dict:
+        import mujoco
+        from robosuite.utils import transform_utils
+
+        self.moment += 1
+        sim, robot = self._env.sim, self._env.robots[0]
+        # After a step, positions are one physics step behind. mj_forward would warm-start the
+        # solver, and so change the motion a little.
+        mujoco.mj_kinematics(sim.model._model, sim.data._data)
+        mujoco.mj_camlight(sim.model._model, sim.data._data)
+        quaternion = sim.data.get_body_xquat(robot.robot_model.eef_name)  # w, x, y, z.
+        state = [
+            sim.data.site_xpos[robot.eef_site_id],
+            transform_utils.quat2axisangle(np.roll(quaternion, -1)),
+            sim.data.qpos[robot._ref_gripper_joint_pos_indexes],
+        ]
+        return {
+            "images": Images(self),
+            "state": np.concatenate(state, dtype=np.float32),
+            "instruction": self.instruction,
+            "robot": ROBOT,
+        }
+
+
+def column(group, key: str) -> np.ndarray:
+    """The data set `key` of an HDF5 group.
+
+    Raises:
+      ValueError: it is not there.
+    """
+    if key not in group:
+        found = ", ".join(group.get(os.path.dirname(key)) or group) or "nothing"
+        raise ValueError(
+            f"{group.file.filename}: {group.name}/{key} is missing, found {found}. "
+            "Expected a file of LIBERO's demonstrations."
+        )
+    return group[key][()]
+
+
+def demonstration(group) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the HDF5 group `data/demo_k`.
+
+    Returns:
+      States float64[T, 1 + nq + nv] and actions float32[T, 7]; each state precedes its action.
+
+    Raises:
+      ValueError: states or actions are missing, or not as many as the others.
+    """
+    states, actions = column(group, "states"), column(group, "actions")
+    if len(states) != len(actions) or actions.shape[1:] != (7,):
+        raise ValueError(
+            f"{group.file.filename}: {group.name} must have as many states as actions of 7 "
+            f"numbers, found {list(states.shape)} and {list(actions.shape)}."
+        )
+    return states, from_libero(actions)
+
+
+def demonstration_names(file) -> list[str]:
+    """The keys demo_0, demo_1, ... of an open HDF5 file, in order of their numbers.
+
+    Raises:
+      ValueError: there is no `data` group with demonstrations.
+    """
+    found = [re.fullmatch(r"demo_(\d+)", name) for name in file.get("data", ())]
+    if not any(found):
+        raise ValueError(f"{file.filename}: the group data/demo_0 is missing.")
+    return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]

@@ -1,0 +1,316 @@
+"""Success rates of a policy in simulation, with intervals and videos.
+
+    python -m jaxvp.evaluate --bundle=BUNDLE --suite=tabletop --trials=20 --out=DIR
+    python -m jaxvp.evaluate --policy=expert --suite=tabletop --tasks=0,lift_tray --out=DIR
+
+Writes DIR/results.json, DIR/report.html and DIR/videos. Two results are comparable when their
+`protocol` entries are equal. Needs no model code; `--dry_run` shows what would run.
+"""
+
+import dataclasses
+import difflib
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+from absl import app, flags
+
+from jaxvp.data import observation
+from jaxvp.data.text import ByteTokenizer
+from jaxvp.envs import libero
+from jaxvp.evaluation import baselines, report, tabletop
+from jaxvp.evaluation.protocol import Protocol, Suite
+from jaxvp.evaluation.rollout import Policy, rollouts
+from jaxvp.policy import bundle as policy_bundle
+from jaxvp.policy.runner import PolicyRunner
+
+SUITES = (*tabletop.SUITES, *libero.SUITES)
+POLICIES = ("bundle", "random", "expert", "replay")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags, see `define_flags`."""
+
+    bundle: str | None = None
+    policy: str = "bundle"
+    suite: str = "tabletop"
+    tasks: Sequence[str] = ()
+    trials: int | None = None
+    out: str | None = None
+    seed: int = 0
+    num_envs: int = 8
+    videos: int | None = None
+    libero_assets: str | None = None
+    libero_demos: str | None = None
+    dry_run: bool = False
+
+
+def define_flags():
+    """One flag for each of the `Settings`; not upon import, since other commands have the same."""
+    default = Settings()
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    text("bundle", None, "folder of the policy bundle to evaluate")
+    text("policy", default.policy, f"what is evaluated: {', '.join(POLICIES)}")
+    text("suite", default.suite, f"set of tasks: {', '.join(SUITES)}")
+    flags.DEFINE_list("tasks", [], "numbers or names of tasks of the suite; default: all")
+    number("trials", None, "episodes per task; default: the protocol's")
+    text("out", None, "folder for results.json, report.html and videos")
+    number("seed", default.seed, "of the policy's noise; the protocol seeds the simulator")
+    number("num_envs", default.num_envs, "environments that share a call of the policy")
+    number("videos", None, "videos per task, 0 for none; default: all trials")
+    text("libero_assets", None, "folder of LIBERO's meshes, textures and scenes")
+    text("libero_demos", None, "for --policy=replay: folder of <suite>/<task>_demo.hdf5")
+    flags.DEFINE_bool("dry_run", False, "print protocol and tasks, run nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An evaluation whose inputs are checked."""
+
+    settings: Settings
+    suite: Suite
+    protocol: Protocol
+    make_policy: Callable[[], Policy]
+    manifest: policy_bundle.Manifest | None
+
+
+def make_plan(settings: Settings) -> Plan:
+    """What the settings ask for. Loads no weights and touches no device.
+
+    Raises:
+      ValueError, OSError, RuntimeError: a flag, the bundle or the simulator cannot be used.
+    """
+    for name, value, least in (("trials", settings.trials, 1), ("num_envs", settings.num_envs, 1),
+                               ("videos", settings.videos, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, found {value}.")
+    choose("--policy", settings.policy, POLICIES)
+    choose("--suite", settings.suite, SUITES)
+    if settings.policy == "bundle" and not settings.bundle:
+        raise ValueError("--bundle=DIR is missing: the policy to evaluate; or --policy=expert.")
+    if settings.policy != "bundle" and settings.bundle:
+        raise ValueError(f"--policy={settings.policy} does not use --bundle={settings.bundle}.")
+    if not settings.dry_run:
+        if not settings.out:
+            raise ValueError("--out=DIR is missing: the folder for results, report and videos.")
+        if (Path(settings.out) / "results.json").exists():
+            raise FileExistsError(f"--out={settings.out} holds another result: choose a new one.")
+    manifest = policy_bundle.read_manifest(settings.bundle) if settings.bundle else None
+    suite = make_suite(settings, manifest.protocol if manifest else {})
+    protocol = dataclasses.replace(
+        suite.protocol,
+        tasks=choose_tasks(settings.tasks, suite.protocol.tasks),
+        trials=settings.trials or suite.protocol.trials,
+    )
+    if protocol.max_trials is not None and protocol.trials > protocol.max_trials:
+        raise ValueError(
+            f"--trials={protocol.trials}: {protocol.suite} has {protocol.max_trials} trials.")
+    if manifest:
+        check_fit(manifest, suite, protocol)
+    return Plan(settings, suite, protocol, _policy_maker(settings, suite, protocol), manifest)
+
+
+def choose(flag: str, name: str, known: Collection[str]) -> str:
+    """`name`, which must be among `known`.
+
+    Raises:
+      ValueError: it is not; the message suggests the nearest.
+    """
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{flag}: there is no {name!r}; {hint}There are: {', '.join(known)}.")
+    return name
+
+
+def choose_tasks(wanted: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks with these names or numbers, in the suite's order; all if `wanted` is empty.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    chosen = set()
+    for name in wanted:
+        if name.isdecimal() and int(name) >= len(tasks):
+            raise ValueError(f"--tasks: there is no task {name}, the numbers are 0 to "
+                             f"{len(tasks) - 1}: {', '.join(tasks)}.")
+        chosen.add(tasks[int(name)] if name.isdecimal() else choose("--tasks", name, tasks))
+    return tuple(task for task in tasks if not chosen or task in chosen)
+
+
+def make_suite(settings: Settings, options: Mapping) -> Suite:
+    """The suite, with the options that a bundle's training data asks for.
+
+    Raises:
+      ValueError: the suite has no such option.
+      RuntimeError, FileNotFoundError: its simulator is not installed.
+    """
+    name = settings.suite
+    try:
+        if name in tabletop.SUITES:
+            return tabletop.TabletopSuite(name, **options)
+        from jaxvp.evaluation.libero import LiberoSuite  # Its packages are an extra.
+
+        return LiberoSuite(name, settings.libero_assets, settings.libero_demos, **options)
+    except ImportError as error:
+        raise RuntimeError(f"--suite={name} needs {error.name}. Run: {libero.INSTALL}") from error
+    except TypeError as error:
+        raise ValueError(f"policy.json: protocol {options} is not for {name}: {error}.") from error
+
+
+def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol):
+    """Makes sure that the bundle's policy means by its inputs and outputs what the suite does.
+
+    Raises:
+      ValueError: it does not, or an instruction is too long for it.
+    """
+    absent = [c for c in manifest.cameras if c is not None and c not in protocol.cameras]
+    for what, ours, theirs in (
+        ("actions", manifest.dimensions("action"), protocol.action),
+        ("state", manifest.dimensions("state"), protocol.state if manifest.state else ()),
+        ("robot", manifest.robot, protocol.robot),
+        ("actions per second", manifest.fps, protocol.fps),
+        ("cameras that are absent", tuple(absent), ()),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"The bundle does not fit --suite={protocol.suite}: {what}: the bundle has {ours}, "
+                f"the suite {theirs}. Choose the suite of the data that it was trained on."
+            )
+    tokenizer = ByteTokenizer(manifest.text_length)
+    for task in protocol.tasks:
+        tokenizer.encode(observation.describe(
+            manifest.robot, manifest.camera_text, suite.instruction(task)))
+
+
+def _policy_maker(settings: Settings, suite: Suite, protocol: Protocol) -> Callable[[], Policy]:
+    if settings.policy == "random":
+        return lambda: baselines.RandomPolicy(protocol, settings.seed)
+    if settings.policy == "expert":
+        if settings.suite not in tabletop.SUITES:
+            raise ValueError(f"{settings.suite} has no scripted expert: use --policy=replay.")
+        return baselines.ExpertPolicy
+    if settings.policy == "replay":
+        found = {task: suite.demonstrations(task, protocol.trials) for task in protocol.tasks}
+        return lambda: baselines.ReplayPolicy(found)
+    return lambda: PolicyRunner(policy_bundle.load(settings.bundle), settings.seed)
+
+
+def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
+    """Runs the episodes, writes videos and report, returns what results.json says."""
+    settings, protocol, out = plan.settings, plan.protocol, Path(plan.settings.out)
+    started = time.perf_counter()
+    instructions = {task: plan.suite.instruction(task) for task in protocol.tasks}
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        bar = progress.add_task(protocol.suite, total=len(protocol.tasks) * protocol.trials)
+        for episode in rollouts(plan.suite, protocol, policy, settings.num_envs, settings.videos):
+            instruction = instructions[episode.task]
+            rows.append({
+                "task": episode.task,
+                "instruction": instruction,
+                "trial": episode.trial,
+                "success": episode.success,
+                "steps": episode.steps,
+                "video": report.save_video(out, episode, instruction, protocol),
+            })
+            successes = sum(row["success"] for row in rows)
+            progress.update(bar, advance=1,
+                            description=f"{protocol.suite}: {successes}/{len(rows)} successful")
+    bundle = plan.manifest and {
+        "path": settings.bundle,
+        "method": plan.manifest.method,
+        "stage": plan.manifest.stage,
+        "step": plan.manifest.step,
+        "execution_horizon": plan.manifest.execution_horizon,
+        "git_revision": plan.manifest.git_revision,
+    }
+    found = report.results(
+        protocol, rows,
+        policy=settings.policy, bundle=bundle, seed=settings.seed, num_envs=settings.num_envs,
+        wall_time_s=time.perf_counter() - started, latency=report.latency(policy.latencies),
+    )
+    report.write(out, found, instructions)
+    return found
+
+
+def print_plan(plan: Plan, console: rich.console.Console):
+    """What would run."""
+    table = rich.table.Table("protocol", "", show_lines=False)
+    for name, value in plan.protocol.to_dict().items():
+        if name != "tasks":
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            table.add_row(name, rich.markup.escape(text))
+    console.print(table)
+    for task in plan.protocol.tasks:
+        number = plan.suite.protocol.tasks.index(task)
+        console.print(f"{number:3d} {task}: {plan.suite.instruction(task)}", highlight=False)
+
+
+def print_results(found: dict, out: Path, console: rich.console.Console):
+    """Success rates, and where the files are."""
+    table = rich.table.Table("task", "successes", "rate", "95 % interval")
+    every = {"name": "all tasks", "interval": found["interval"], "trials": len(found["episodes"]),
+             "successes": sum(task["successes"] for task in found["tasks"])}
+    for task in (*found["tasks"], every):
+        if task is every:
+            table.add_section()
+        low, high = task["interval"]
+        table.add_row(task["name"], f"{task['successes']}/{task['trials']}",
+                      f"{task['successes'] / task['trials']:.1%}", f"{low:.1%} - {high:.1%}")
+    console.print(table)
+    if found["latency"]:
+        console.print("{calls} policy calls: mean {mean_ms:.1f} ms, 95th percentile {p95_ms:.1f} ms"
+                      .format(**found["latency"]))
+    console.print(f"{out / 'report.html'}\n{out / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def main(argv: list[str]):
+    console = rich.console.Console()
+    names = (field.name for field in dataclasses.fields(Settings))
+    settings = Settings(**{name: flags.FLAGS[name].value for name in names})
+    try:
+        if argv[1:]:
+            raise ValueError(f"{argv[1]!r} is not a flag: flags are --name=value.")
+        plan = make_plan(settings)
+        if settings.dry_run:
+            return print_plan(plan, console)
+        policy = plan.make_policy()
+    except (ValueError, OSError, RuntimeError) as error:
+        _refuse(error)
+    print_results(evaluate(plan, policy, console), Path(settings.out), console)
+
+
+def _refuse(error: Exception):
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(error)
+
+
+def run():
+    """The command `jaxvp-evaluate`."""
+    define_flags()
+    app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    run()

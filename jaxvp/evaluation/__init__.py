@@ -1,0 +1,1 @@
+"""Benchmarks: protocols, rollouts and reports."""

@@ -1,0 +1,74 @@
+"""Policies that need no training: they show what a score on a suite means, and that it is sound.
+
+Each implements `rollout.Policy`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol, SimEnv
+
+
+class RandomPolicy:
+    """A new action, uniform over the whole range, at every step."""
+
+    latencies = ()
+
+    def __init__(self, protocol: Protocol, seed: int = 0):
+        self._protocol, self._seed = protocol, seed
+        self._generators: dict[int, np.random.Generator] = {}
+
+    def reset(self, slot: int, task: str, trial: int, env: SimEnv):
+        entropy = [self._seed, trial, *task.encode()]
+        self._generators[slot] = np.random.default_rng(entropy)
+
+    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
+        low, high = self._protocol.action_low, self._protocol.action_high
+        return {slot: self._generators[slot].uniform(low, high).astype(np.float32)[None]
+                for slot in observations}
+
+
+class ExpertPolicy:
+    """The scripted expert of the environment."""
+
+    latencies = ()
+
+    def __init__(self):
+        self._envs: dict[int, SimEnv] = {}
+
+    def reset(self, slot: int, task: str, trial: int, env: SimEnv):
+        self._envs[slot] = env
+
+    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
+        return {slot: self._envs[slot].expert_action()[None] for slot in observations}
+
+
+class ReplayPolicy:
+    """Demonstrations open loop, the i-th in trial i, each from its own start.
+
+    That they succeed shows that actions, their order and their units mean in this environment what
+    they meant when they were recorded.
+
+    Args:
+      demonstrations: task to at least as many demonstrations as there are trials.
+    """
+
+    latencies = ()
+
+    def __init__(self, demonstrations: Mapping[str, list[Demonstration]]):
+        self._demonstrations = demonstrations
+        self._actions: dict[int, np.ndarray] = {}
+
+    def reset(self, slot: int, task: str, trial: int, env: SimEnv) -> np.ndarray:
+        demonstration = self._demonstrations[task][trial]
+        self._actions[slot] = demonstration.actions
+        return demonstration.initial
+
+    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
+        # After its last action, a demonstration that did not succeed gives up.
+        return {slot: self._take(slot) for slot in observations}
+
+    def _take(self, slot: int) -> np.ndarray:
+        actions, self._actions[slot] = self._actions[slot], self._actions[slot][:0]
+        return actions

@@ -1,0 +1,155 @@
+"""The LIBERO suites under the protocol of OpenVLA, which most published policies use.
+
+Source: openvla/experiments/robot/libero/run_libero_eval.py at c8f03f4. One rule is stricter here:
+the simulator is seeded before every reset, not once per task, so that a trial does not depend on
+those before it.
+"""
+
+import hashlib
+import os
+from importlib import metadata
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from jaxvp.envs import libero
+from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+
+MAX_STEPS = dict(zip(libero.SUITES, (220, 280, 300, 520, 400), strict=True))
+TRIALS = 50
+WAIT_STEPS = 10  # Objects of the initial states fall into place.
+
+
+class LiberoSuite:
+    """One of `libero.SUITES`; implements `protocol.Suite`.
+
+    Args:
+      name: of the suite.
+      assets: see `libero.setup`; needed by `make` only.
+      demonstrations: folder of <suite>/<task>_demo.hdf5, collected or published.
+      image_size: of observations, in pixels. Other values than 256 are another protocol.
+      rotation: a key of `libero.ROTATIONS`; as in the training data. The protocol's is "180".
+
+    Raises:
+      ValueError: no such suite.
+      RuntimeError, FileNotFoundError: see `libero.setup`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        assets: str | Path | None = None,
+        demonstrations: str | Path | None = None,
+        image_size: int = 256,
+        rotation: str = "180",
+    ):
+        self._assets, self._demonstrations = libero.setup(assets), demonstrations
+        self.protocol = Protocol(
+            name="libero_openvla",
+            version=1,
+            suite=name,
+            tasks=libero.tasks(name),
+            trials=TRIALS,
+            max_trials=TRIALS,
+            max_steps=MAX_STEPS[name],
+            wait_steps=WAIT_STEPS,
+            init_states="trial i starts from the task's official initial state i",
+            seeds=f"NumPy's global seed {libero.SEED} before every reset",
+            fps=libero.FPS,
+            cameras=tuple(libero.CAMERAS),
+            camera_size=(image_size, image_size),
+            rotation=rotation,
+            gripper="1 - 2 * gripper: -1 open, 1 closed",
+            robot=libero.ROBOT,
+            action=libero.ACTION_NAMES,
+            state=libero.STATE_NAMES,
+            action_low=(-1.0,) * 6 + (0.0,),
+            action_high=(1.0,) * 7,
+            simulator=simulator(self._assets),
+        )
+
+    def instruction(self, task: str) -> str:
+        return libero.instruction(task)
+
+    def make(self, task: str) -> "LiberoTask":
+        """The simulator of one task.
+
+        Raises:
+          ValueError: the suite has no such task.
+        """
+        return LiberoTask(self.protocol, task, self._assets)
+
+    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
+        """The first `count` demonstrations of a task.
+
+        Raises:
+          FileNotFoundError, ValueError: there are none, or fewer.
+        """
+        flag = "--libero_demos=DIR"
+        if not self._demonstrations:
+            raise ValueError(f"{flag} is missing: a folder of <suite>/<task>_demo.hdf5.")
+        path = Path(self._demonstrations, self.protocol.suite, f"{task}_demo.hdf5")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; {flag} holds <suite>/<task>_demo.hdf5."
+            )
+        found = []
+        with h5py.File(path) as file:
+            names = libero.demonstration_names(file)
+            if len(names) < count:
+                raise ValueError(f"{path} has {len(names)} demonstrations, not {count}.")
+            for name in names[:count]:
+                states, actions = libero.demonstration(file["data"][name])
+                found.append(Demonstration(f"{path.name}:data/{name}", states[0], actions))
+        return found
+
+
+class LiberoTask:
+    """One task under a protocol; implements `protocol.SimEnv`.
+
+    The images of an observation are rendered when they are first read, see `libero.Images`.
+    """
+
+    def __init__(self, protocol: Protocol, task: str, assets: Path):
+        self._protocol = protocol
+        self._states = libero.init_states(protocol.suite, task)
+        self._env = libero.LiberoEnv(
+            protocol.suite, task, protocol.camera_size[0], protocol.rotation, assets
+        )
+
+    def reset(self, trial: int) -> Observation:
+        """Starts from the official initial state `trial` and waits until the objects are at rest.
+
+        Raises:
+          ValueError: there is no such initial state.
+        """
+        if not 0 <= trial < len(self._states):
+            raise ValueError(f"LIBERO has trials 0 to {len(self._states) - 1}, asked for {trial}.")
+        observation = self._env.reset(self._states[trial])
+        for _ in range(self._protocol.wait_steps):
+            observation, _ = self._env.step(libero.REST)
+        return observation
+
+    def reset_to(self, initial: np.ndarray) -> Observation:
+        """Starts from a demonstration's state, float64[1 + nq + nv], without waiting."""
+        return self._env.reset(initial)
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        return self._env.step(action)
+
+    def close(self):
+        self._env.close()
+
+
+def simulator(assets: Path) -> str:
+    """Versions of everything that changes what a policy sees.
+
+    The assets are named by a hash of their paths and sizes, because their files are exchanged
+    (stand-ins without the original textures) while their folder and version stay.
+    """
+    packages = [f"{name} {metadata.version(name)}" for name in libero.VERSIONS]
+    files = sorted(path for path in assets.rglob("*") if path.is_file())
+    listing = [(str(path.relative_to(assets)), path.stat().st_size) for path in files]
+    digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
+    return ", ".join([*packages, os.environ.get("MUJOCO_GL", "glfw"), f"assets {digest}"])

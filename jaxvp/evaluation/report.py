@@ -1,0 +1,143 @@
+"""What an evaluation leaves behind: results.json, report.html, videos."""
+
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from jaxvp.evaluation.protocol import Protocol
+from jaxvp.evaluation.rollout import VIDEO_FPS, Episode, video_stride
+from jaxvp.video import write_video
+
+PACKAGES = ("jaxvp", "jax", "jaxlib", "orbax-checkpoint", "numpy")
+# So many videos of each task are on the page, failures first; the others are beside it.
+VIDEOS_ON_PAGE = 6
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a success rate, 95 % for the default z.
+
+    Unlike the normal approximation it is never empty and never leaves [0, 1], also for few trials
+    and for rates of 0 and 1.
+
+    Raises:
+      ValueError: not 0 <= successes <= trials, or no trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"An interval needs 0 <= successes <= trials, found {successes}/{trials}.")
+    rate, correction = successes / trials, z * z / trials
+    centre = rate + correction / 2
+    half = z * math.sqrt(rate * (1 - rate) / trials + correction / (4 * trials))
+    low, high = (centre - half) / (1 + correction), (centre + half) / (1 + correction)
+    return max(0.0, low), min(1.0, high)
+
+
+def latency(seconds: Sequence[float]) -> dict | None:
+    """Mean and 95th percentile of the calls of a model, in milliseconds; None without calls."""
+    if not len(seconds):
+        return None
+    return {
+        "calls": len(seconds),
+        "mean_ms": float(np.mean(seconds) * 1e3),
+        "p95_ms": float(np.percentile(seconds, 95) * 1e3),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what ran the evaluation."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed, run from source"
+    return found
+
+
+def video_path(episode: Episode, instruction: str) -> str:
+    """Where an episode's video lies in the folder of the evaluation."""
+    words = re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:100]
+    outcome = "success" if episode.success else "failure"
+    return f"videos/{episode.task}/{episode.trial:03d}_{outcome}_{words}.mp4"
+
+
+def save_video(out: Path, episode: Episode, instruction: str, protocol: Protocol) -> str | None:
+    """Writes the recorded frames of an episode; its path in `out`, None if there are none."""
+    if not episode.frames:
+        return None
+    path = video_path(episode, instruction)
+    (out / path).parent.mkdir(parents=True, exist_ok=True)
+    write_video(out / path, np.stack(episode.frames), protocol.fps / video_stride(protocol))
+    return path
+
+
+def results(protocol: Protocol, rows: Sequence[Mapping], **about) -> dict:
+    """What results.json says.
+
+    Args:
+      protocol: what was run.
+      rows: one per episode, with "task", "trial", "success", and more for the record.
+      about: further entries, such as policy and seed, as JSON values.
+
+    Returns:
+      `protocol`, `versions`, `success_rate` over all trials with its 95 % Wilson `interval`,
+      `tasks` with {name, trials, successes, interval} each, what is in `about`, and `episodes`.
+    """
+    order = {task: number for number, task in enumerate(protocol.tasks)}
+    rows = sorted(rows, key=lambda row: (order[row["task"]], row["trial"]))
+    tasks = []
+    for task in protocol.tasks:
+        outcomes = [row["success"] for row in rows if row["task"] == task]
+        tasks.append({
+            "name": task,
+            "trials": len(outcomes),
+            "successes": sum(outcomes),
+            "interval": list(wilson(sum(outcomes), len(outcomes))),
+        })
+    successes = sum(row["success"] for row in rows)
+    return {
+        "success_rate": successes / len(rows),
+        "interval": list(wilson(successes, len(rows))),
+        "tasks": tasks,
+        **about,
+        "protocol": protocol.to_dict(),
+        "versions": versions(),
+        "episodes": rows,
+    }
+
+
+def write(out: Path, found: Mapping, instructions: Mapping[str, str]):
+    """Writes results.json, and report.html, which needs nothing but the videos beside it.
+
+    Args:
+      out: the folder.
+      found: `results(...)`, whose rows have a "video" path or None, and "steps".
+      instructions: task to its words.
+    """
+    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxvp.evaluation", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    videos = {
+        task: sorted((row for row in found["episodes"] if row["task"] == task and row["video"]),
+                     key=lambda row: (row["success"], row["trial"]))
+        for task in found["protocol"]["tasks"]
+    }
+    page = environment.get_template("report.html.j2").render(
+        **found,
+        instructions=instructions,
+        videos=videos,
+        videos_on_page=VIDEOS_ON_PAGE,
+        video_fps=min(VIDEO_FPS, found["protocol"]["fps"]),
+    )
+    (out / "report.html").write_text(page)

@@ -1,0 +1,134 @@
+"""The embedded tabletop as suites: tasks, backgrounds and distractors, seen in training or not."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxvp.envs import tabletop
+from jaxvp.envs.tabletop_world import HIGH, LOW
+from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+
+# Trial i is the episode of seed FIRST_SEED + i. Training data has seeds from 1,000,000 on.
+FIRST_SEED = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What a suite shows: tasks, table tops and small things that do not matter."""
+
+    tasks: tuple[str, ...]
+    background: str = "seen"
+    distractors: str = "none"
+
+
+SEEN = tuple(tabletop.SEEN_TASKS)
+SUITES = {
+    "tabletop": Conditions(SEEN),
+    "tabletop_unseen_tasks": Conditions(tuple(tabletop.UNSEEN_TASKS)),
+    "tabletop_unseen_backgrounds": Conditions(SEEN, background="unseen"),
+    "tabletop_unseen_distractors": Conditions(SEEN, distractors="unseen"),
+    "tabletop_all": Conditions((*SEEN, *tabletop.UNSEEN_TASKS)),
+}
+
+
+class TabletopSuite:
+    """One of SUITES; implements `protocol.Suite`.
+
+    Args:
+      name: of the suite.
+      image_size: height and width of every camera, in pixels; best as in the training data.
+
+    Raises:
+      ValueError: there is no such suite.
+    """
+
+    def __init__(self, name: str, image_size: int = 64):
+        if name not in SUITES:
+            raise ValueError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")
+        self._conditions = SUITES[name]
+        units = [unit if unit != "1" else "0 closed..1 open" for unit in tabletop.ACTION_UNITS]
+        names = tuple(f"{n} [{u}]" for n, u in zip(tabletop.ACTION_NAMES, units, strict=True))
+        env = self._env(self._conditions.tasks[0], image_size)
+        self.protocol = Protocol(
+            name="tabletop",
+            version=1,
+            suite=name,
+            tasks=self._conditions.tasks,
+            trials=20,
+            max_steps=env.max_steps,
+            wait_steps=0,
+            init_states=f"sampled by the seed; background {self._conditions.background}, "
+            f"distractors {self._conditions.distractors}",
+            seeds=f"{FIRST_SEED} + trial; no training data has these",
+            fps=tabletop.FPS,
+            cameras=tabletop.CAMERAS,
+            camera_size=(image_size, image_size),
+            rotation="none",
+            gripper="as it is, 0 closed to 1 open",
+            robot=tabletop.ROBOT,
+            action=names,
+            state=names,
+            action_low=tuple(LOW.ravel().tolist()),
+            action_high=tuple(HIGH.ravel().tolist()),
+            simulator="jaxvp/Tabletop-v0",
+        )
+
+    def instruction(self, task: str) -> str:
+        return (tabletop.SEEN_TASKS | tabletop.UNSEEN_TASKS)[task].instruction
+
+    def make(self, task: str) -> "TabletopTask":
+        return TabletopTask(self._env(task, self.protocol.camera_size[0]))
+
+    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
+        """What the scripted expert does in the first `count` trials."""
+        env, found = self.make(task), []
+        for trial in range(count):
+            env.reset(trial)
+            actions, over = [], False
+            while not over:
+                actions.append(env.expert_action())
+                over = env.step(actions[-1])[1] or len(actions) == self.protocol.max_steps
+            name = f"expert, seed {FIRST_SEED + trial}"
+            found.append(Demonstration(name, np.array(trial), np.stack(actions)))
+        return found
+
+    def _env(self, task: str, image_size: int) -> tabletop.TabletopEnv:
+        return tabletop.TabletopEnv(
+            task,
+            image_size=image_size,
+            background=self._conditions.background,
+            distractors=self._conditions.distractors,
+        )
+
+
+class TabletopTask:
+    """One task of a suite; implements `protocol.SimEnv`, with an expert."""
+
+    def __init__(self, env: tabletop.TabletopEnv):
+        self._env = env
+
+    def reset(self, trial: int) -> Observation:
+        observation, info = self._env.reset(seed=FIRST_SEED + trial)
+        return self._observation(observation, info)
+
+    def reset_to(self, initial: np.ndarray) -> Observation:
+        """Starts the trial with the number `initial`: an episode follows from its seed."""
+        return self.reset(int(initial))
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        observation, _, success, _, info = self._env.step(action)
+        return self._observation(observation, info), success
+
+    def expert_action(self) -> np.ndarray:
+        return self._env.expert_action()
+
+    def close(self):
+        self._env.close()
+
+    def _observation(self, observation, info) -> Observation:
+        return {
+            "images": {camera: observation[camera] for camera in tabletop.CAMERAS},
+            "state": observation["state"],
+            "instruction": info["instruction"],
+            "robot": tabletop.ROBOT,
+        }

@@ -1,0 +1,54 @@
+"""Trains what --config says: `python -m jaxvp.main --config=configs/pretrain.py`."""
+
+import pathlib
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxvp import config as config_lib
+from jaxvp import distributed
+from jaxvp.train import train
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; `FILE:ARGUMENT` chooses one of its variants, "
+    "`--config.key=value` changes a key.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py. A run that is "
+    "there already is continued.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
+    logging.set_verbosity(logging.WARNING)  # JAX tells which backends it did not find.
+    distributed.initialize()
+    config = CONFIG.value
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    workdir = WORKDIR.value or pathlib.Path("runs") / pathlib.Path(file).stem
+    if config.get("embedded") and jax.process_index() == 0:
+        build_embedded(config)
+    train(config, workdir, DRY_RUN.value)
+
+
+def build_embedded(config):
+    """Builds the tabletop dataset at the first source's path when there is none."""
+    from data_builders.build import build
+    from data_builders.tabletop.tabletop import Builder
+
+    path = pathlib.Path(config.data.sources[0]["path"])
+    if not any(path.glob("*/dataset_info.json")):
+        distributed.note(f"{path} is absent: building the embedded dataset.")
+        builder = config_lib.build(Builder, config.embedded, "config.embedded")
+        build(builder, builder.items(), path, num_workers=2)
+
+
+def run():
+    """Entry point `jaxvp-train`."""
+    flags.mark_flag_as_required("config")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,252 @@
+"""Video Policy: "Video Generators are Robot Policies" (arXiv 2508.00795), on rectified flow.
+
+A video transformer learns to go on from the first frame; an action head denoises a chunk of
+actions while it looks at the video transformer's features. Two stages (`video`, then `action`
+with the video transformer frozen, so that the action loss never reaches it) or `joint`, in which
+it does, as in the released joint configuration. The paper's EDM becomes rectified flow, its
+U-Nets transformers, its frames-as-views the unified canvas (Vidar, arXiv 2507.12898).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxvp.config import build
+from jaxvp.data.clips import ClipSpec
+from jaxvp.data.observation import LAYOUTS, canvas
+from jaxvp.diffusion import flow_matching as flow
+from jaxvp.diffusion.samplers import SAMPLERS, guided, sigmas
+from jaxvp.models.action_head import ActionHead
+from jaxvp.models.autoencoder import PixelCodec
+from jaxvp.models.text_encoder import ByteTextEncoder
+from jaxvp.models.transformer import VideoTransformer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable by identity: static under jit
+class VideoPolicy:
+    """The method; see the module's docstring.
+
+    Attributes:
+      spec: sizes of the clips; layout: a name in `observation.LAYOUTS`.
+      video, text, head: sizes of VideoTransformer, ByteTextEncoder and ActionHead (what follows
+        from the data and from each other is filled in).
+      patch: pixels per side of a PixelCodec patch.
+      taps: blocks of the video transformer that the head sees.
+      proprioception: whether the head gets the state.
+      prediction: 'velocity' (Wan), or 'residual': the network predicts how the clean video
+        differs from its first frame, and the velocity follows (see flow.velocity_from_data).
+      features: 'shared' denoises video and action together at one sigma (the paper);
+        'noise' takes the features of a single pass at sigma 1 (VPP, arXiv 2412.14803), which
+        costs one pass of the video transformer per chunk.
+      sigma, shift: training distribution of noise levels of the video, and its shift; the
+        sampler's schedule has the same shift.
+      text_dropout: share of clips whose text is emptied, for guidance.
+      action_draws: noise levels per clip in the action loss (they share the video's features).
+      sampler, video_steps, action_steps, guidance: of `imagine` and `act`.
+    """
+
+    spec: ClipSpec
+    layout: str
+    video: Mapping
+    text: Mapping
+    head: Mapping
+    patch: int = 4
+    taps: tuple[int, ...] = (2, 4)
+    proprioception: bool = True
+    prediction: str = "residual"
+    features: str = "noise"
+    sigma: str = "logit_normal"
+    shift: float = 1.0
+    text_dropout: float = 0.1
+    action_draws: int = 4
+    sampler: str = "euler"
+    video_steps: int = 10
+    action_steps: int = 10
+    guidance: float = 1.0
+
+    stages = ("video", "action", "joint")
+
+    def __post_init__(self):
+        for name, value, choices in (("prediction", self.prediction, ("velocity", "residual")),
+                                     ("features", self.features, ("shared", "noise")),
+                                     ("sampler", self.sampler, tuple(SAMPLERS))):
+            if value not in choices:
+                raise ValueError(f"config.method.{name}={value!r}: expected one of {choices}")
+        _ = self.grid, self.action_head  # wrong sizes fail here, not on the device
+
+    # Parts.
+
+    @functools.cached_property
+    def codec(self) -> PixelCodec:
+        return PixelCodec(self.patch)
+
+    @functools.cached_property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        s = self.spec
+        size = (1, len(s.cameras), s.num_frames, s.height, s.width, 3)
+        frame = jax.eval_shape(self._canvas, jax.ShapeDtypeStruct(size, jnp.uint8),
+                               jax.ShapeDtypeStruct(size[:2], bool))
+        return self.codec.latent_shape(*frame.shape[1:4])
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int, int]:
+        return self.transformer.tokens(*self.latent_shape[:3])
+
+    @functools.cached_property
+    def text_encoder(self) -> ByteTextEncoder:
+        return build(ByteTextEncoder, {**self.text, "length": self.spec.text_length},
+                     "config.method.text")
+
+    @functools.cached_property
+    def transformer(self) -> VideoTransformer:
+        sizes = {**self.video, "channels": self.codec.channels,
+                 "text_width": self.text_encoder.width}
+        return build(VideoTransformer, sizes, "config.method.video")
+
+    @functools.cached_property
+    def action_head(self) -> ActionHead:
+        sizes = {**self.head, "chunk": self.spec.chunk, "action_size": self.spec.action_size,
+                 "state_size": self.spec.state_size if self.proprioception else 0,
+                 "feature_width": self.transformer.width, "taps": len(self.taps)}
+        return build(ActionHead, sizes, "config.method.head")
+
+    # The Method interface.
+
+    def init(self, key: jax.Array) -> dict:
+        text, video, action = jax.random.split(key, 3)
+        return {"text": self.text_encoder.init(text), "video": self.transformer.init(video),
+                "action": self.action_head.init(action)}
+
+    def frozen(self, stage: str) -> tuple[str, ...]:
+        if stage not in self.stages:
+            raise ValueError(f"config.stage={stage!r}: video_policy has stages {self.stages}")
+        return {"video": ("action/.*",), "action": ("video/.*", "text/.*"), "joint": ()}[stage]
+
+    def loss(self, params, clip, key, stage):
+        keys = jax.random.split(key, 4)
+        data = self.codec.encode(self._canvas(clip["video"], clip["view_mask"]))
+        batch = data.shape[0]
+        noise = jax.random.normal(keys[0], data.shape)
+        if stage == "action" and self.features == "noise":
+            sigma = jnp.ones(batch)
+        else:
+            sigma = flow.sample_sigma(keys[1], (batch,), self.sigma, self.shift)
+        text = clip["text"]
+        if stage != "action":
+            drop = jax.random.bernoulli(keys[2], self.text_dropout, (batch, 1))
+            text = jnp.where(drop, 0, text)
+        text = self.text_encoder(params["text"], text)
+
+        noisy = flow.interpolate(data, noise, sigma)
+        prediction, features = self._video(params, data[:, :1], noisy, sigma, text)
+        if stage == "action":
+            features = jax.lax.stop_gradient(features)
+        loss, metrics = 0.0, {}
+        if stage != "action":
+            # In units of velocity, whatever the network predicts.
+            error = prediction - (noise - data)
+            if self.prediction == "residual":
+                error = flow.velocity_from_data(data, self._clean(data, prediction), sigma)
+            mask = clip["frame_mask"].at[:, 0].set(False)
+            metrics["video_loss"] = flow.masked_mse(error, mask).mean()
+            loss = loss + metrics["video_loss"]
+        if stage != "video":
+            if stage == "joint" and self.features == "noise":
+                noisy, sigma = noise, jnp.ones(batch)
+                _, features = self._video(params, data[:, :1], noisy, sigma, text)
+            metrics["action_loss"] = self._action_loss(params, clip, keys[3], sigma, features)
+            loss = loss + metrics["action_loss"]
+        return loss, metrics
+
+    def imagine(self, params, observation, keys):
+        first, text, empty = self._observe(params, observation)
+        t, h, w, c = self.latent_shape
+        noise = _rows(keys, (t, h, w, c))
+
+        def velocity(x, sigma):
+            return self._guided_velocity(params, first, x, sigma, text, empty)[0]
+
+        schedule = sigmas(self.video_steps, self.shift)
+        latents = SAMPLERS[self.sampler](velocity, noise, schedule)
+        return self.codec.decode(latents.at[:, :1].set(first))
+
+    def act(self, params, observation, keys):
+        first, text, empty = self._observe(params, observation)
+        keys = jax.vmap(jax.random.split)(keys)
+        video = _rows(keys[:, 0], self.latent_shape)
+        actions = _rows(keys[:, 1], (1, self.spec.chunk, self.spec.action_size))
+        state = observation["state"] * observation["state_mask"]
+
+        def head(actions, sigma, memory):
+            sigma = jnp.full(actions.shape[:2], sigma)
+            return self.action_head(params["action"], actions, sigma, memory, state)
+
+        solve, schedule = SAMPLERS[self.sampler], sigmas(self.action_steps, self.shift)
+        if self.features == "noise":
+            _, features = self._video(params, first, video, jnp.ones(len(video)), text)
+            memory = self._memory(params, features)
+            return solve(lambda x, sigma: head(x, sigma, memory), actions, schedule)[:, 0]
+
+        def velocity(x, sigma):
+            v, features = self._guided_velocity(params, first, x[0], sigma, text, empty)
+            return v, head(x[1], sigma, self._memory(params, features))
+
+        return solve(velocity, (video, actions), schedule)[1][:, 0]
+
+    # Inside.
+
+    def _canvas(self, video, view_mask):
+        return canvas(video, view_mask, LAYOUTS[self.layout])
+
+    def _observe(self, params, observation):
+        first = self.codec.encode(self._canvas(observation["video"], observation["view_mask"]))
+        text = self.text_encoder(params["text"], observation["text"])
+        empty = self.text_encoder(params["text"], jnp.zeros_like(observation["text"]))
+        return first, text, empty
+
+    def _video(self, params, first, noisy, sigma, text):
+        """Network output and tapped features; the first frame is clean, at timestep 0 (TI2V)."""
+        noisy = jnp.concatenate([first, noisy[:, 1:]], axis=1)
+        timestep = jnp.repeat(1000.0 * sigma[:, None], noisy.shape[1], axis=1).at[:, 0].set(0.0)
+        out, features = self.transformer(params["video"], noisy, timestep, text, self.taps)
+        return out, [features[tap] for tap in self.taps]
+
+    def _clean(self, data, prediction):
+        return data[:, :1] + prediction
+
+    def _guided_velocity(self, params, first, x, sigma, text, empty):
+        """Velocity of the video and the features of the pass that saw the text."""
+        level = jnp.full(len(x), sigma)
+        out, features = self._video(params, first, x, level, text)
+        if self.guidance != 1.0:
+            out = guided(out, self._video(params, first, x, level, empty)[0], self.guidance)
+        if self.prediction == "residual":
+            out = flow.velocity_from_data(x, self._clean(first, out), level)
+        return out, features
+
+    def _memory(self, params, features):
+        return self.action_head.memory(params["action"], features, self.grid)
+
+    def _action_loss(self, params, clip, key, sigma, features):
+        draws = 1 if self.features == "shared" else self.action_draws
+        noise_key, sigma_key = jax.random.split(key)
+        actions = clip["action"][:, None]
+        noise = jax.random.normal(noise_key, (len(actions), draws, *actions.shape[2:]))
+        if self.features == "shared":
+            sigma = sigma[:, None]
+        else:
+            sigma = flow.sample_sigma(sigma_key, (len(actions), draws), self.sigma, self.shift)
+        noisy = flow.interpolate(actions, noise, sigma)
+        state = clip["state"] * clip["state_mask"]
+        memory = self._memory(params, features)
+        velocity = self.action_head(params["action"], noisy, sigma, memory, state)
+        mask = jnp.broadcast_to(clip["action_mask"][:, None], velocity.shape)
+        return flow.masked_mse(velocity - (noise - actions), mask).mean()
+
+
+def _rows(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise [B, *shape], each row from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,1 @@
+"""Networks: plain pytrees of parameters in, arrays out."""

@@ -1,0 +1,33 @@
+"""Flax NNX declares modules; everywhere else parameters are plain nested dicts of arrays."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+Factory = Callable[[nnx.Rngs], nnx.Module]
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` that multiplies two matrices: XLA's CPU compiler transposes the gradient of a
+    batched operand by a slow copy, which made the backward pass 1.7 times slower."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def init(factory: Factory, key: jax.Array) -> dict:
+    """Parameters of `factory(rngs)` as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(factory(nnx.Rngs(key)), nnx.Param))
+
+
+def init_stacked(factory: Factory, key: jax.Array, length: int) -> dict:
+    """Parameters of `length` independent copies, every leaf with a leading axis of `length`."""
+    return jax.vmap(lambda k: init(factory, k))(jax.random.split(key, length))
+
+
+def bind(factory: Factory, params: dict) -> nnx.Module:
+    """The module that `factory` declares, holding `params`; costs nothing but tracing time."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: factory(nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

@@ -1,0 +1,168 @@
+"""Optimizer, learning-rate schedule and EMA; freezing and multipliers as (regex, value) rules."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import rich.table
+
+from jaxvp import rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (arXiv 1711.05101), and what it does to which parameter.
+
+    Attributes:
+      learning_rate: its peak.
+      schedule: after the warm-up, "cosine" falls to `final` x peak at the last step, "constant"
+        stays.
+      warmup_steps: steps in which the learning rate rises linearly; step 0 is not lost on zero.
+      b1, b2, eps: of Adam.
+      weight_decay: times the learning rate, of parameters that `decay` gives a multiplier.
+      clip_norm: largest global norm of the gradients of what is trained; None: not clipped.
+      rules: ordered (regex, multiplier of the learning rate or None); the first that matches a
+        parameter's whole name counts, None freezes it, no match is 1.
+      decay: ordered (regex, multiplier of the weight decay); no match is 0, so that biases, norms
+        and tables are not decayed.
+    """
+
+    learning_rate: float
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    rules: tuple[tuple[str, float | None], ...] = ()
+    decay: tuple[tuple[str, float], ...] = ((".*kernel", 1.0),)
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.warmup_steps < 0:
+            raise ValueError("config.optimizer.learning_rate must be positive and warmup_steps not "
+                             f"negative, found {self.learning_rate} and {self.warmup_steps}.")
+        for regex, value in self.rules:
+            if value is not None and value <= 0:
+                raise ValueError(f"config.optimizer.rules: {regex!r} has multiplier {value}: "
+                                 "expected a positive number, or None to freeze.")
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable:
+    """Step (from 0) to learning rate: (step + 1) / (warmup_steps + 1) of the peak, then `schedule`.
+
+    Raises:
+      ValueError: the warm-up is not shorter than the training.
+    """
+    warmup = config.warmup_steps
+    if warmup >= total_steps:
+        raise ValueError(f"config.optimizer.warmup_steps is {warmup}, but training has "
+                         f"{total_steps} steps: it must be smaller.")
+
+    def schedule(step):
+        rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
+        if config.schedule == "constant":
+            return config.learning_rate * rise
+        progress = jnp.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
+        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return config.learning_rate * rise * (config.final + (1.0 - config.final) * fall)
+
+    return schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to one parameter: multipliers of learning rate (None: frozen) and decay."""
+
+    multiplier: float | None
+    decay: float
+
+
+def resolve(config: OptimizerConfig, params, frozen: Sequence[str] = ()):
+    """A tree like `params` of Rules; arguments and errors as for `make_optimizer`."""
+    ordered = [(regex, None) for regex in frozen] + list(config.rules)
+    multipliers = rules.match(params, ordered, 1.0, "config.optimizer.rules")
+    decay = config.decay if config.weight_decay else ()
+    decays = rules.match(params, decay, 0.0, "config.optimizer.decay")
+    if all(multiplier is None for multiplier in multipliers.values()):
+        raise ValueError("config.optimizer.rules and the stage freeze every parameter: nothing is "
+                         "trained.")
+    leaves = [Rule(multiplier, config.weight_decay * decays[name] * (multiplier is not None))
+              for name, multiplier in multipliers.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def trainable(resolved):
+    """A tree of bool: which parameters are trained, from `resolve`."""
+    return jax.tree.map(lambda rule: rule.multiplier is not None, resolved)
+
+
+def make_optimizer(
+    config: OptimizerConfig, params, total_steps: int, frozen: Sequence[str] = ()
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of `params` and its schedule.
+
+    A frozen parameter has no optimizer state, its gradient does not count in the clipping norm,
+    and its update is zero.
+
+    Args:
+      config: see OptimizerConfig.
+      params: nested dict of arrays or ShapeDtypeStructs.
+      total_steps: length of the schedule.
+      frozen: regexes of parameters that the stage freezes; they come before `config.rules`.
+
+    Raises:
+      ValueError: a rule matches nothing, everything is frozen, or the schedule is impossible.
+    """
+    schedule = make_schedule(config, total_steps)
+    resolved = resolve(config, params, frozen)
+
+    def scale(update, param, rule):
+        if rule.multiplier is None:
+            return jnp.zeros_like(param)
+        return rule.multiplier * (update + rule.decay * param)
+
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adam = optax.chain(clip, optax.scale_by_adam(config.b1, config.b2, config.eps))
+    return optax.chain(
+        optax.masked(adam, trainable(resolved)),
+        optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, resolved)),
+        optax.scale_by_learning_rate(schedule),
+    ), schedule
+
+
+def stop_frozen(params, trained):
+    """`params` through which no gradient reaches what is frozen: its backward pass is not built."""
+    return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trained)
+
+
+def ema_update(ema, params, decay: float, step, trained):
+    """Moving average of the parameters after `step` + 1 updates; what is frozen is kept as it is.
+
+    The decay rises as (1 + step) / (10 + step), so that the random start is forgotten soon.
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p, t: (e + (1.0 - decay) * (p - e)).astype(e.dtype) if t else e,
+                        ema, params, trained)
+
+
+def resolved_table(params, resolved, shardings) -> rich.table.Table:
+    """One row a parameter: name, shape, learning-rate multiplier or frozen, decay, sharding."""
+    sizes = {True: 0, False: 0}
+    table = rich.table.Table("parameter", "shape", "learning rate", "decay", "sharding")
+    for (name, leaf), rule, sharding in zip(
+        rules.named_leaves(params).items(), jax.tree.leaves(resolved), jax.tree.leaves(shardings),
+        strict=True,
+    ):
+        rate = "frozen" if rule.multiplier is None else f"x {rule.multiplier:g}"
+        shape = " x ".join(map(str, leaf.shape)) or "scalar"
+        spec = ", ".join(map(str, sharding.spec)) or "replicated"
+        table.add_row(name, shape, rate, f"{rule.decay:g}", spec)
+        sizes[rule.multiplier is not None] += math.prod(leaf.shape)
+    table.caption = f"{sizes[True]:,} parameters trained, {sizes[False]:,} frozen"
+    return table

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes .venv and installs jaxvp with its EXTRAS into it: launch/install.sh [dev,libero,tpu,gpu]
+# PYTHON is the interpreter to use; otherwise the first of python3, python3.13 .. python3.11.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-}
+stamp=.venv/installed
+wanted="$extras $(sha256sum setup.cfg | cut -d' ' -f1)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    exit 0
+fi
+
+if [ ! -x .venv/bin/python ]; then
+    if [ -z "${PYTHON:-}" ]; then
+        for PYTHON in python3 python3.13 python3.12 python3.11; do
+            "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && break
+            PYTHON=
+        done
+    fi
+    if [ -z "$PYTHON" ]; then
+        echo "error: jaxvp needs Python 3.11 or later, found $(python3 --version 2>&1)." >&2
+        exit 1
+    fi
+    if ! "$PYTHON" -c 'import ensurepip' 2> /dev/null; then
+        echo "error: $PYTHON cannot make virtual environments, because Debian packs that" \
+            "separately. Run: apt-get install python3-venv" >&2
+        exit 1
+    fi
+    "$PYTHON" -m venv .venv
+fi
+
+echo "Installing jaxvp${extras:+ with $extras} into .venv"
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip install --editable ".${extras:+[$extras]}"
+if [[ ",$extras," == *,libero,* ]]; then
+    # See [options.extras_require] in setup.cfg.
+    pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+fi
+echo "$wanted" > "$stamp"

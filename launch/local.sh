@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The whole way on one machine, no GPU needed: launch/local.sh [DIR]
+# Installs jaxvp into .venv, builds the embedded dataset, pretrains a video policy, fine-tunes its
+# action head, exports the bundle to DIR/bundle and evaluates it into DIR/evaluation. What is there
+# already is used again. DIR is runs/local unless given.
+set -euo pipefail
+out=$(realpath -m "${1:-runs/local}")
+cd "$(dirname "$0")/.."
+SECONDS=0
+step() { echo; echo "== $1 (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
+python=.venv/bin/python
+
+step "Install"
+launch/install.sh
+
+step "Dataset"
+if ! compgen -G "data/tabletop/[0-9]*.[0-9]*.[0-9]*" > /dev/null; then
+    $python -m data_builders.build tabletop --out=data/tabletop
+fi
+
+step "Pretrain the video model"
+$python -m jaxvp.main --config=configs/pretrain.py --workdir="$out/pretrain"
+
+step "Fine-tune the action head"
+$python -m jaxvp.main --config=configs/finetune.py --workdir="$out/finetune" \
+    --config.init_from="$out/pretrain"
+
+step "Export"
+if [ ! "$out/bundle/policy.json" -nt "$out/finetune/checkpoints" ]; then
+    rm -rf "$out/bundle"
+    $python -m jaxvp.export --workdir="$out/finetune" --out="$out/bundle"
+fi
+
+evaluate() {  # evaluate FOLDER FLAGS...
+    local folder=$1
+    shift
+    if [ ! "$folder/results.json" -nt "$out/bundle/policy.json" ]; then
+        $python -m jaxvp.evaluate --suite=tabletop --trials=25 --out="$folder" "$@"
+    fi
+}
+step "Evaluate the policy, and random actions to compare with"
+evaluate "$out/evaluation" --bundle="$out/bundle"
+evaluate "$out/evaluation_random" --policy=random
+
+step "Done"
+$python - "$out" <<'PYTHON'
+import json
+import pathlib
+import sys
+
+import rich
+from rich.table import Table
+
+out = pathlib.Path(sys.argv[1])
+policy, random = (json.loads((out / name / "results.json").read_text())["tasks"]
+                  for name in ("evaluation", "evaluation_random"))
+table = Table("task", "policy", "random actions", title="Success rates")
+for ours, other in zip(policy, random, strict=True):
+    table.add_row(ours["name"], *(f"{t['successes']}/{t['trials']}" for t in (ours, other)))
+table.add_section()
+table.add_row("all", *(f"{sum(t['successes'] for t in ts) / sum(t['trials'] for t in ts):.1%}"
+                       for ts in (policy, random)))
+rich.print(table)
+print(f"Pictures of what the model imagines: {out}/pretrain/samples\n"
+      f"Policy bundle:                       {out}/bundle\n"
+      f"Videos of the policy:                {out}/evaluation/report.html")
+PYTHON

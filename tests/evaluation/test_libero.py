@@ -1,0 +1,124 @@
+"""The LIBERO suites: protocol, initial states, demonstrations; and a replay in the simulator."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from jaxvp.envs import libero
+from jaxvp.evaluation import libero as evaluation
+
+SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
+MILK = "pick_up_the_milk_and_place_it_in_the_basket"
+
+
+def simulator(test):
+    """Marks a test that needs the simulator, its assets and its demonstrations."""
+    missing = importlib.util.find_spec("libero") is None or not SHARED.exists()
+    skip = pytest.mark.skipif(missing, reason=f"needs {libero.INSTALL} and {SHARED}")
+    return pytest.mark.libero(skip(test))
+
+
+class FakeEnv:
+    """Records what it is asked for."""
+
+    def __init__(self, *settings):
+        self.settings, self.calls = settings, []
+
+    def reset(self, state):
+        self.calls = [("reset", state[0])]
+        return {"state": state}
+
+    def step(self, action):
+        self.calls.append(("step", action.tolist()))
+        return {"state": np.zeros(8)}, False
+
+    def close(self):
+        self.calls.append("close")
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """libero_object with an installation that is not there."""
+    states = np.arange(50.0)[:, None] * np.ones(4)
+    monkeypatch.setattr(libero, "setup", lambda assets: tmp_path)
+    monkeypatch.setattr(libero, "tasks", lambda suite: (MILK,))
+    monkeypatch.setattr(libero, "init_states", lambda suite, task: states)
+    monkeypatch.setattr(libero, "LiberoEnv", FakeEnv)
+    monkeypatch.setattr(evaluation.metadata, "version", lambda name: "1.2")
+    return evaluation.LiberoSuite("libero_object", demonstrations=tmp_path)
+
+
+def test_protocol_is_that_of_openvla(suite):
+    protocol = suite.protocol
+    assert evaluation.MAX_STEPS == {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+        "libero_90": 400,
+    }
+    assert (protocol.trials, protocol.max_steps, protocol.wait_steps) == (50, 280, 10)
+    assert protocol.camera_size == (256, 256) and protocol.rotation == "180"
+    assert len(protocol.action) == 7 and len(protocol.state) == 8
+    assert "mujoco 1.2" in protocol.simulator
+    assert suite.instruction(MILK) == "pick up the milk and place it in the basket"
+
+
+def test_simulator_name_tells_other_assets(suite, tmp_path):
+    before = evaluation.simulator(tmp_path)
+    (tmp_path / "plate.png").write_bytes(b"stand-in")
+    assert evaluation.simulator(tmp_path) != before
+
+
+def test_every_trial_has_its_own_initial_state_and_waits(suite):
+    env = suite.make(MILK)
+    assert env._env.settings[:4] == ("libero_object", MILK, 256, "180")
+    for trial in (0, 7, 49):
+        env.reset(trial)
+        start, *waited = env._env.calls
+        assert start == ("reset", trial)
+        assert waited == [("step", [0, 0, 0, 0, 0, 0, 1])] * 10, "still, gripper open"
+    with pytest.raises(ValueError, match="trials 0 to 49, asked for 50"):
+        env.reset(50)
+    env.reset_to(np.full(4, 9.0))
+    assert env._env.calls == [("reset", 9)]
+    env.close()
+    assert env._env.calls[-1] == "close"
+
+
+def test_demonstrations_are_read_in_order(suite, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; --libero_demos=DIR"):
+        suite.demonstrations(MILK, 1)
+    (tmp_path / "libero_object").mkdir()
+    with h5py.File(tmp_path / "libero_object" / f"{MILK}_demo.hdf5", "w") as file:
+        for index in (10, 2):
+            file[f"data/demo_{index}/states"] = np.full((3, 5), index)
+            file[f"data/demo_{index}/actions"] = np.full((3, 7), -1.0)
+    first, second = suite.demonstrations(MILK, 2)
+    assert first.name == f"{MILK}_demo.hdf5:data/demo_2" and (second.initial == 10).all()
+    assert first.actions.dtype == np.float32 and (first.actions[:, 6] == 1).all()
+    with pytest.raises(ValueError, match="has 2 demonstrations, not 3"):
+        suite.demonstrations(MILK, 3)
+    with pytest.raises(ValueError, match="--libero_demos=DIR is missing"):
+        evaluation.LiberoSuite("libero_object").demonstrations(MILK, 1)
+
+
+@simulator
+def test_a_demonstration_replays_and_trials_differ():
+    suite = evaluation.LiberoSuite(
+        "libero_object", SHARED / "assets", SHARED / "collected", image_size=32
+    )
+    env = suite.make(MILK)
+    (demonstration,) = suite.demonstrations(MILK, 1)
+    env.reset_to(demonstration.initial)
+    done = [env.step(action)[1] for action in demonstration.actions]
+    assert done.index(True) == len(done) - 1, "solved when the gripper opens, not before"
+    images = [env.reset(trial)["images"]["agentview"] for trial in (0, 1, 0)]
+    assert images[0].shape == (32, 32, 3) and images[0].std() > 5
+    np.testing.assert_array_equal(images[0], images[2])
+    assert np.abs(images[0].astype(int) - images[1]).max() > 50, "objects are elsewhere"
+    env.close()

@@ -1,0 +1,148 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxvp.data.clips import ClipSpec
+from jaxvp.methods import base
+from jaxvp.methods.video_policy import VideoPolicy
+
+SPEC = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=3, fps=2.0, chunk=4,
+                height=16, width=16, text_length=16, action_size=2, state_size=2)
+SIZES = dict(video=dict(width=16, layers=2, heads=2, ffn=32), text=dict(width=8, heads=2),
+             head=dict(width=16, layers=1, heads=2), taps=(0, 1), video_steps=2, action_steps=2)
+METHOD = VideoPolicy(spec=SPEC, layout="bimanual", **SIZES)
+SHARED = dataclasses.replace(METHOD, features="shared", prediction="velocity", sampler="heun",
+                             guidance=2.0)
+
+
+def make_clip(batch=2):
+    rng = np.random.default_rng(0)
+    return {
+        "video": rng.integers(0, 256, (batch, 3, 3, 16, 16, 3), np.uint8),
+        "view_mask": np.ones((batch, 3), bool),
+        "frame_mask": np.ones((batch, 3), bool),
+        "text": rng.integers(1, 256, (batch, 16)).astype(np.int32),
+        "action": rng.uniform(-1, 1, (batch, 4, 2)).astype(np.float32),
+        "action_mask": np.ones((batch, 4, 2), bool),
+        "state": rng.uniform(-1, 1, (batch, 2)).astype(np.float32),
+        "state_mask": np.ones((batch, 2), bool),
+    }
+
+
+def observation_of(clip):
+    keys = ("view_mask", "text", "state", "state_mask")
+    return {"video": clip["video"][:, :, :1], **{k: clip[k] for k in keys}}
+
+
+@functools.cache
+def parameters(method):
+    """Random everywhere, the output layers (zero at first) too."""
+    leaves, tree = jax.tree.flatten(jax.jit(method.init)(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(
+        [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradient(method, stage, params, clip, key):
+    return jax.grad(lambda p: method.loss(p, clip, key, stage)[0])(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def loss(method, stage, params, clip, key):
+    return method.loss(params, clip, key, stage)
+
+
+def size(tree):
+    return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("method", [METHOD, SHARED], ids=["noise", "shared"])
+def test_action_loss_never_reaches_the_video_transformer(method):
+    grads = gradient(method, "action", parameters(method), make_clip(), jax.random.key(2))
+    assert size(grads["video"]) == 0 and size(grads["text"]) == 0 and size(grads["action"]) > 0
+
+
+def test_video_stage_trains_video_and_text_only():
+    grads = gradient(METHOD, "video", parameters(METHOD), make_clip(), jax.random.key(2))
+    assert size(grads["video"]) > 0 and size(grads["text"]) > 0 and size(grads["action"]) == 0
+
+
+def test_joint_trains_everything_and_adds_the_losses():
+    clip, key = make_clip(), jax.random.key(2)
+    grads = gradient(METHOD, "joint", parameters(METHOD), clip, key)
+    assert all(size(grads[part]) > 0 for part in ("video", "text", "action"))
+    total, metrics = loss(METHOD, "joint", parameters(METHOD), clip, key)
+    assert total == pytest.approx(float(sum(metrics.values())))
+    assert set(metrics) == {"video_loss", "action_loss"}
+
+
+def test_frozen_names_what_a_stage_leaves_alone():
+    assert METHOD.frozen("joint") == ()
+    assert METHOD.frozen("action") == ("video/.*", "text/.*")
+    with pytest.raises(ValueError, match="video_policy has stages"):
+        METHOD.frozen("vidoe")
+
+
+def test_masked_frames_and_actions_do_not_count():
+    clip, key = make_clip(), jax.random.key(3)
+    clip["frame_mask"][:, 2:] = False
+    clip["action_mask"][:, 2:] = False
+    base_loss = loss(METHOD, "joint", parameters(METHOD), clip, key)[1]
+    # Noise predictions at other places see the changed ones, so only the last layer is free of
+    # them: at initialisation the prediction does not depend on the input at all.
+    start = jax.jit(METHOD.init)(jax.random.key(0))
+    before = loss(METHOD, "joint", start, clip, key)[1]
+    clip["video"][:, :, 2] = 255 - clip["video"][:, :, 2]
+    clip["action"][:, 2:] *= -1
+    after = loss(METHOD, "joint", start, clip, key)[1]
+    assert before["video_loss"] == pytest.approx(float(after["video_loss"]), rel=1e-5)
+    assert before["action_loss"] == pytest.approx(float(after["action_loss"]), rel=1e-5)
+    assert base_loss["video_loss"] > 0
+
+
+def test_residual_prediction_starts_as_the_copy_of_the_first_frame():
+    observation = observation_of(make_clip())
+    params = jax.jit(METHOD.init)(jax.random.key(0))
+    method = dataclasses.replace(METHOD, video_steps=8)
+    video = jax.jit(method.imagine)(params, observation, jax.random.split(jax.random.key(5), 2))
+    assert video.shape == (2, 3, 24, 16, 3) and video.dtype == jnp.uint8
+    np.testing.assert_array_equal(video[:, 1], video[:, 0])
+    np.testing.assert_array_equal(video[:, 0, :16], observation["video"][:, 0, 0])
+
+
+@pytest.mark.parametrize("method", [METHOD, SHARED], ids=["noise", "shared"])
+def test_a_row_depends_on_its_own_key_only(method):
+    params, observation = parameters(method), observation_of(make_clip(3))
+    keys = jax.random.split(jax.random.key(7), 3)
+    act = jax.jit(method.act)
+    actions = act(params, observation, keys)
+    assert actions.shape == (3, 4, 2) and actions.dtype == jnp.float32
+    turned = {k: v[::-1] for k, v in observation.items()}
+    np.testing.assert_allclose(act(params, turned, keys[::-1])[::-1], actions, atol=1e-5)
+    other = act(params, observation, keys.at[0].set(jax.random.key(9)))
+    assert jnp.abs(other[0] - actions[0]).max() > 1e-4
+    np.testing.assert_allclose(other[1:], actions[1:], atol=1e-5)
+
+
+def test_state_that_is_masked_is_not_seen():
+    params, observation = parameters(METHOD), observation_of(make_clip())
+    keys, act = jax.random.split(jax.random.key(7), 2), jax.jit(METHOD.act)
+    seen = act(params, observation, keys)
+    observation["state_mask"] = np.zeros((2, 2), bool)
+    hidden = act(params, observation, keys)
+    observation["state"] = observation["state"] + 1
+    assert jnp.abs(seen - hidden).max() > 1e-4
+    np.testing.assert_array_equal(act(params, observation, keys), hidden)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="config.method.features='both'"):
+        dataclasses.replace(METHOD, features="both")
+    with pytest.raises(ValueError, match="widht"):
+        VideoPolicy(spec=SPEC, layout="bimanual", **{**SIZES, "video": dict(widht=16)})
+    with pytest.raises(ValueError, match="did you mean 'video_policy'"):
+        base.get("video_polcy")

@@ -1,0 +1,262 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvp import checkpoint, optim, sharding
+from jaxvp.checkpoint import CheckpointError, Checkpoints, restore_or_init
+from jaxvp.rules import named_leaves
+
+# When one array cannot be read, Orbax closes its event loop while others are still on their way.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+
+SPECS = ((".*kernel", ("fsdp",)),)
+FINE_TUNING = optim.OptimizerConfig(learning_rate=1e-3, weight_decay=0.1,
+                                    rules=(("video/.*", None),))
+
+
+def make_params(seed=0, head="action"):
+    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    return {"video": {"block": {"kernel": jax.random.normal(a, (8, 4)),
+                                "bias": jax.random.normal(b, (4,), jnp.bfloat16)}},
+            head: {"kernel": jax.random.normal(c, (4, 2))}}
+
+
+@functools.cache
+def make_state(seed=0, head="action", config=FINE_TUNING, devices=8):
+    """A state on a mesh, with moments that are not zero."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=min(4, devices)), jax.devices()[:devices])
+
+    def init(seed):
+        params = make_params(seed, head)
+        tx, _ = optim.make_optimizer(config, params, 10)
+        _, opt_state = tx.update(params, tx.init(params), params)
+        return {"params": params, "ema": jax.tree.map(lambda x: x / 3, params),
+                "opt_state": {"adam": opt_state, "key": jax.random.key(seed)}}
+
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(init, seed), SPECS)
+    return jax.device_put(init(seed), shardings)
+
+
+def abstract_of(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                        state)
+
+
+@pytest.fixture
+def state():
+    return jax.tree.map(lambda x: x, make_state())
+
+
+@pytest.fixture
+def abstract():
+    return abstract_of(make_state())
+
+
+def save(workdir, state, *steps, validation=None, keep=2):
+    own = Checkpoints(workdir, keep)
+    for step in steps:
+        own.save(step, state, data={"step": 3 * step}, assets={"robot": "arm"},
+                 validation=validation and validation[step])
+    own.close()
+
+
+def fail():
+    raise AssertionError("init must not be called")
+
+
+def assert_same(tree, other):
+    for (name, x), y in zip(named_leaves(tree).items(), jax.tree.leaves(other), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert x.dtype == y.dtype, name
+        assert np.array_equal(np.asarray(x), np.asarray(y)), name
+
+
+def test_round_trip_is_exact_and_keeps_types_and_shardings(tmp_path, state, abstract):
+    save(tmp_path, state, 7)
+    restored = Checkpoints(tmp_path).restore_latest(abstract)
+    assert_same(state, restored.state)
+    assert jax.tree.map(lambda x: x.sharding, state) == \
+        jax.tree.map(lambda x: x.sharding, restored.state)
+    assert restored.state["params"]["video"]["block"]["bias"].dtype == jnp.bfloat16
+    assert (restored.step, restored.data, restored.assets) == (7, {"step": 21}, {"robot": "arm"})
+
+
+def test_restores_on_another_mesh(tmp_path, state):
+    save(tmp_path, state, 1)
+    restored = Checkpoints(tmp_path).restore_latest(abstract_of(make_state(1, devices=1)))
+    assert_same(state, restored.state)
+    assert restored.state["params"]["action"]["kernel"].devices() == {jax.devices()[0]}
+
+
+def test_keeps_the_newest_and_the_best(tmp_path, state):
+    save(tmp_path, state, 1, 2, 3, 4, 5, validation={1: 0.5, 2: 0.1, 3: 0.3, 4: 0.4, 5: 0.2})
+    assert Checkpoints(tmp_path).steps == [2, 4, 5]
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path, state, abstract):
+    save(tmp_path, state, 3, 3)
+    assert Checkpoints(tmp_path).steps == [3]
+
+
+def test_resume_order(tmp_path, state, abstract, capsys):
+    other, source, own = (make_state(seed) for seed in (1, 2, 3))
+    save(tmp_path / "resume", other, 5)
+    save(tmp_path / "source", source, 9)
+    save(tmp_path / "own", own, 2)
+    paths = {"resume": str(tmp_path / "resume"), "init_from": str(tmp_path / "source")}
+
+    first = restore_or_init(Checkpoints(tmp_path / "own"), abstract, fail, **paths)
+    assert first.step == 2 and first.data == {"step": 6}
+    assert_same(own, first.state)
+
+    fresh = Checkpoints(tmp_path / "new")
+    second = restore_or_init(fresh, abstract, fail, **paths)
+    assert second.step == 5 and second.data == {"step": 15}
+    assert_same(other, second.state)
+
+    third = restore_or_init(fresh, abstract, lambda: state, init_from=paths["init_from"])
+    assert third.step == 0 and third.data == {}
+    assert_same(source["ema"], third.state["params"])
+    assert_same(source["ema"], third.state["ema"])
+    assert_same(state["opt_state"], third.state["opt_state"])
+
+    fourth = restore_or_init(fresh, abstract, lambda: state)
+    assert fourth.step == 0 and fourth.state is state
+    lines = capsys.readouterr().out.replace("\n", " ")
+    assert "Continuing from step 2" in lines and "Starting from scratch" in lines
+
+
+def test_init_from_names_what_is_new_and_what_is_left_out(tmp_path, capsys):
+    save(tmp_path / "source", make_state(1, head="inverse"), 4)
+    state = make_state(2)
+    head = np.asarray(state["params"]["action"]["kernel"])
+    started = restore_or_init(Checkpoints(tmp_path / "new"), abstract_of(state), lambda: state,
+                              init_from=str(tmp_path / "source"))
+    assert np.array_equal(started.state["params"]["action"]["kernel"], head)
+    assert_same(make_state(1)["ema"]["video"], started.state["params"]["video"])
+    lines = capsys.readouterr().out
+    assert "  action is not in the checkpoint and starts afresh." in lines
+    assert "  inverse of the checkpoint is not in the model and is left out." in lines
+
+
+def test_init_from_with_nothing_in_common(tmp_path, state):
+    save(tmp_path, {"params": {"x": jnp.ones(2)}, "ema": {"x": jnp.ones(2)}}, 1)
+    with pytest.raises(CheckpointError, match="no parameter in common: it has x, the model action"):
+        restore_or_init(Checkpoints(tmp_path / "new"), {}, lambda: state, init_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("case", ["shape", "missing", "extra"])
+def test_a_state_that_does_not_fit_names_the_parameter(tmp_path, state, abstract, case):
+    save(tmp_path, state, 1)
+    kernel = abstract["params"]["action"]["kernel"]
+    if case == "shape":
+        abstract["params"]["action"]["kernel"] = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+        message = r"params/action/kernel is float32\[4, 2\], this run needs float32\[4, 3\]"
+    elif case == "missing":
+        abstract["params"]["action"]["bias"] = kernel
+        message = "params/action/bias is missing"
+    else:
+        del abstract["params"]["action"]["kernel"]
+        message = "params/action/kernel is not in this run"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path).restore_latest(abstract)
+    assert Checkpoints(tmp_path).steps == [1]  # Nothing was set aside.
+
+
+def test_another_frozen_set_points_to_init_from(tmp_path, state):
+    save(tmp_path, state, 1)
+    everything = optim.OptimizerConfig(learning_rate=1e-3)
+    abstract = abstract_of(make_state(config=everything))
+    with pytest.raises(CheckpointError, match="mu/video/block/bias is missing.*config.init_from"):
+        restore_or_init(Checkpoints(tmp_path / "new"), abstract, fail, resume=str(tmp_path))
+
+
+DAMAGES = {
+    "truncated": lambda step: [p.write_bytes(p.read_bytes()[:16])
+                               for p in step.glob("params/**/d/*")],
+    "garbage": lambda step: (step / "opt_state" / "_METADATA").write_text("{"),
+    "no_manifest": lambda step: (step / "ema" / "manifest.ocdbt").unlink(),
+    "no_progress": lambda step: (step / "progress" / "metadata").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, state, abstract, capsys, damage):
+    newer = make_state(1)
+    save(tmp_path, state, 1)
+    save(tmp_path, newer, 2)
+    DAMAGES[damage](tmp_path / "checkpoints" / "2")
+    own = Checkpoints(tmp_path)
+    restored = own.restore_latest(abstract)
+    assert restored.step == 1
+    assert_same(state, restored.state)
+    lines = capsys.readouterr().out.replace("\n", " ")
+    assert "Checkpoint 2 is damaged" in lines and "Falling back to step 1" in lines
+    assert (tmp_path / "checkpoints" / "damaged-2").exists()
+    own.save(2, newer, data={}, assets={})  # The step is free again.
+    own.wait()
+    assert_same(newer, own.restore_latest(abstract).state)
+
+
+def test_when_all_are_damaged_nothing_is_moved(tmp_path, state, abstract):
+    save(tmp_path, state, 1, 2)
+    for step in (1, 2):
+        DAMAGES["garbage"](tmp_path / "checkpoints" / str(step))
+    with pytest.raises(CheckpointError, match="No checkpoint can be read") as error:
+        Checkpoints(tmp_path).restore_latest(abstract)
+    assert "checkpoints/1" in str(error.value) and "checkpoints/2" in str(error.value)
+    assert Checkpoints(tmp_path).steps == [1, 2]
+
+
+def test_a_resume_from_a_damaged_checkpoint_is_an_error(tmp_path, state, abstract):
+    save(tmp_path, state, 1)
+    DAMAGES["no_manifest"](tmp_path / "checkpoints" / "1")
+    with pytest.raises(CheckpointError, match="checkpoints/1 cannot be read"):
+        restore_or_init(Checkpoints(tmp_path / "new"), abstract, fail, resume=str(tmp_path))
+
+
+def test_an_unfinished_checkpoint_is_reported(tmp_path, state, abstract, capsys):
+    save(tmp_path, state, 1)
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    own = Checkpoints(tmp_path)
+    assert own.restore_latest(abstract).step == 1
+    assert "Step 2 in" in capsys.readouterr().out and not unfinished.exists()
+
+
+@pytest.mark.parametrize("path", ["", "checkpoints", "checkpoints/4"])
+def test_restore_params_takes_a_workdir_or_a_step(tmp_path, state, path):
+    save(tmp_path, state, 2, 4)
+    averaged = checkpoint.restore_params(tmp_path / path)
+    assert_same(state["ema"], averaged)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(averaged))
+    assert_same(state["params"], checkpoint.restore_params(tmp_path / path, "params"))
+    assert checkpoint.restore_json(tmp_path / path, "progress") == {"step": 4}
+
+
+@pytest.mark.parametrize("make, found", [(False, "nothing"), (True, "an empty workdir")])
+def test_a_path_without_checkpoint(tmp_path, make, found):
+    path = tmp_path / "run"
+    if make:
+        path.mkdir()
+    with pytest.raises(CheckpointError, match=f"No checkpoint in {path}.*found {found}"):
+        checkpoint.restore_params(path)
+
+
+def test_nothing_is_logged(tmp_path, state, abstract, caplog, capsys):
+    save(tmp_path, state, 1)
+    Checkpoints(tmp_path).restore_latest(abstract)
+    checkpoint.restore_params(tmp_path)
+    assert not caplog.records and capsys.readouterr() == ("", "")
+
+
+def test_assets_say_where_a_run_comes_from():
+    assets = checkpoint.run_assets({"steps": 3, "rates": (1, 2)}, {})
+    assert assets["config"] == {"steps": 3, "rates": [1, 2]}
+    assert {"python", "jax", "orbax-checkpoint"} <= assets["versions"].keys()
+    assert isinstance(assets["git_revision"], str)
