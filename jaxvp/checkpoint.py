@@ -224,10 +224,13 @@ def restore_json(path: epath.PathLike, item: str) -> dict:
         return reader.restore(step / item)
 
 
-def run_assets(config: Mapping, normalizers: Mapping) -> dict:
-    """The assets of a checkpoint: config, statistics by robot, git revision and versions."""
+def run_assets(config: Mapping, spec, normalizers: Mapping, embodiments: Mapping) -> dict:
+    """The assets of a checkpoint: config, `ClipSpec`, statistics and `BatchIterator.embodiments` by
+    robot, git revision and versions."""
     return {
         "config": config_lib.plain(config),
+        "spec": dataclasses.asdict(spec),
+        "embodiments": dict(embodiments),
         "normalizers": {robot: value.to_dict() for robot, value in normalizers.items()},
         "git_revision": git_revision(),
         "versions": versions(),

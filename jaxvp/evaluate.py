@@ -9,17 +9,21 @@ Writes DIR/results.json, DIR/report.html and DIR/videos. Two results are compara
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import rich.console
 import rich.markup
 import rich.progress
 import rich.table
-from absl import app, flags
+from absl import app, flags, logging
 
+from jaxvp.config import check_keys
 from jaxvp.data import observation
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.envs import libero
@@ -67,6 +71,7 @@ def define_flags():
     text("libero_assets", None, "folder of LIBERO's meshes, textures and scenes")
     text("libero_demos", None, "for --policy=replay: folder of <suite>/<task>_demo.hdf5")
     flags.DEFINE_bool("dry_run", False, "print protocol and tasks, run nothing")
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax reports every file it reads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +156,16 @@ def make_suite(settings: Settings, options: Mapping) -> Suite:
       ValueError: the suite has no such option.
       RuntimeError, FileNotFoundError: its simulator is not installed.
     """
-    name = settings.suite
-    try:
-        if name in tabletop.SUITES:
-            return tabletop.TabletopSuite(name, **options)
-        from jaxvp.evaluation.libero import LiberoSuite  # Its packages are an extra.
-
-        return LiberoSuite(name, settings.libero_assets, settings.libero_demos, **options)
-    except ImportError as error:
-        raise RuntimeError(f"--suite={name} needs {error.name}. Run: {libero.INSTALL}") from error
-    except TypeError as error:
-        raise ValueError(f"policy.json: protocol {options} is not for {name}: {error}.") from error
+    make = functools.partial(tabletop.TabletopSuite, settings.suite)
+    if settings.suite in libero.SUITES:
+        try:
+            from jaxvp.evaluation.libero import LiberoSuite  # Its packages are an extra.
+        except ImportError as error:
+            raise RuntimeError(f"LIBERO needs {error.name}. Run: {libero.INSTALL}") from error
+        make = functools.partial(
+            LiberoSuite, settings.suite, settings.libero_assets, settings.libero_demos)
+    check_keys(options, inspect.signature(make).parameters, "policy.json: protocol")
+    return make(**options)
 
 
 def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol):
@@ -236,6 +240,8 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
         "stage": plan.manifest.stage,
         "step": plan.manifest.step,
         "execution_horizon": plan.manifest.execution_horizon,
+        "batch_size": plan.manifest.batch_size,
+        "device": jax.devices()[0].device_kind,
         "git_revision": plan.manifest.git_revision,
     }
     found = report.results(

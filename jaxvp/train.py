@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxvp import checkpoint, config as config_lib, distributed, metrics, optim, sharding
 from jaxvp.data import mixture, observation
+from jaxvp.data.clips import ClipSpec
 from jaxvp.evaluation.video_quality import psnr
 from jaxvp.methods import base
 from jaxvp.video import write_video
@@ -72,8 +73,8 @@ class TrainConfig:
     embedded: Mapping = dataclasses.field(default_factory=dict)
 
 
-def make_method(config: TrainConfig, spec) -> base.Method:
-    """The method of a config, for clips of a `ClipSpec`."""
+def make_method(config: TrainConfig, spec: ClipSpec) -> base.Method:
+    """The method of a config, for clips of `spec`."""
     options = {**config.method, "spec": spec, "layout": config.data.layout}
     return config_lib.build(base.get(options.pop("name", "")), options, "config.method")
 
@@ -105,7 +106,8 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     # -- Data ------------------------------------------------------------------------------------
     share = jax.process_index(), jax.process_count()
     batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share)
-    assets = checkpoint.run_assets(raw_config, batches.normalizers)
+    assets = checkpoint.run_assets(raw_config, batches.spec, batches.normalizers,
+                                   batches.embodiments())
 
     # -- Method and state ------------------------------------------------------------------------
     method = make_method(config, batches.spec)

@@ -30,7 +30,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 echo "Installing jaxvp${extras:+ with $extras} into .venv"
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 pip install --editable ".${extras:+[$extras]}"
 if [[ ",$extras," == *,libero,* ]]; then
     # See [options.extras_require] in setup.cfg.

@@ -256,7 +256,10 @@ def test_nothing_is_logged(tmp_path, state, abstract, caplog, capsys):
 
 
 def test_assets_say_where_a_run_comes_from():
-    assets = checkpoint.run_assets({"steps": 3, "rates": (1, 2)}, {})
-    assert assets["config"] == {"steps": 3, "rates": [1, 2]}
+    spec = ClipSpec(views=1, frames=2, image_size=8, chunk=4, action_dim=2, state_dim=2,
+                    text_length=16, layout="single")
+    assets = checkpoint.run_assets({"steps": 3, "rates": (1, 2)}, spec, {}, {"arm": {"fps": 5}})
+    assert assets["config"] == {"steps": 3, "rates": [1, 2]} and assets["spec"]["chunk"] == 4
+    assert assets["embodiments"] == {"arm": {"fps": 5}}
     assert {"python", "jax", "orbax-checkpoint"} <= assets["versions"].keys()
     assert isinstance(assets["git_revision"], str)

@@ -31,7 +31,9 @@ def test_odd_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("video", [
-    np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)
+    np.zeros((2, 8, 8, 3), np.float32),
+    np.zeros((8, 8, 3), np.uint8),
+    np.zeros((0, 8, 8, 3), np.uint8),
 ])
 def test_not_a_video(tmp_path, video):
     with pytest.raises(ValueError, match="uint8\\[T, H, W, 3\\], found"):

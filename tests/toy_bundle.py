@@ -1,4 +1,4 @@
-"""A policy bundle for tests: three lines of arithmetic that look at every part of an observation."""
+"""A policy bundle for tests: a few sums that look at every part of an observation."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from jaxvp.policy import bundle
 
 CHUNK, HORIZON, BATCH, TEXT = 6, 4, 3, 96
 SIZE = len(tabletop.ACTION_NAMES)
-PARAMS = {"linear": {"w": np.linspace(-0.5, 0.5, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)}}
+WEIGHTS = np.linspace(-0.5, 0.5, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+PARAMS = {"linear": {"w": WEIGHTS}}
 
 
 def act(params, observation, keys):

@@ -76,7 +76,7 @@ class Clips:
         """
         self.episodes, self.spec, self._source = episodes, spec, source
         self.normalizers, self._max_bad_records = normalizers, max_bad_records
-        self._cameras = self._check_cameras(cameras or {})
+        self.cameras = self._check_cameras(cameras or {})
         if missing := set(episodes.robots()) - set(normalizers):
             raise ValueError(
                 f"{episodes.folder} has robots {sorted(missing)} without statistics; there are "
@@ -116,7 +116,7 @@ class Clips:
         stride = float(self.episodes.fps[record]) / spec.fps
         frames = step + np.floor(np.arange(spec.num_frames) * stride + 0.5).astype(np.int64)
         layout = self.episodes.text("camera_layout", record).split(",")
-        view_mask = np.array([camera in layout for camera in self._cameras])
+        view_mask = np.array([camera in layout for camera in self.cameras])
         robot = self.episodes.text("robot", record)
         instruction = steps.instruction[step].decode()
         camera_text = self.episodes.text("camera_text", record)
@@ -143,7 +143,7 @@ class Clips:
         spec = self.spec
         shape = (len(spec.cameras), spec.num_frames, spec.height, spec.width, 3)
         video = np.full(shape, observation.MISSING, np.uint8)
-        for view, camera in enumerate(self._cameras):
+        for view, camera in enumerate(self.cameras):
             if not view_mask[view]:
                 continue
             for k, frame in enumerate(frames):

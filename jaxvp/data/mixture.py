@@ -152,6 +152,24 @@ class BatchIterator:
         """Records with unreadable images that this process has met."""
         return sum(len(source.bad_records) for source in self._sources)
 
+    def embodiments(self) -> dict[str, dict]:
+        """Robot to what a policy for it must know of its data, as JSON values.
+
+        camera_text; fps of control; cameras, the dataset's name of every view, None for one that it
+        lacks; options, which the builder was given. Of the robot's first record.
+        """
+        found = {}
+        for clips in self._sources:
+            for robot in clips.episodes.robots():
+                record = int(clips.episodes.records_of(robot)[0])
+                found.setdefault(robot, {
+                    "camera_text": clips.episodes.text("camera_text", record),
+                    "fps": float(clips.episodes.fps[record]),
+                    "cameras": list(clips.cameras),
+                    "options": json.loads(clips.episodes.text("options", record)),
+                })
+        return found
+
     def _seek(self, step: int):
         self._step = step
         self._iterator = iter(self._batches[step:].to_iter_dataset(self._read))

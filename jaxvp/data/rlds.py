@@ -23,8 +23,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
-INDEX_VERSION = 1
-_TEXTS = ("dataset", "episode_id", "robot", "camera_layout", "camera_text")
+INDEX_VERSION = 2
+_TEXTS = ("dataset", "episode_id", "robot", "camera_layout", "camera_text", "options")
 
 
 class BadImage(ValueError):
@@ -174,7 +174,7 @@ class Episodes:
         return len(self._source)
 
     def text(self, name: str, record: int) -> str:
-        """Metadata `name` of a record: dataset, episode_id, robot, camera_layout, camera_text."""
+        """Metadata `name` of a record: one of _TEXTS."""
         return str(self._index[name][self._index[f"{name}_of"][record]])
 
     def robots(self) -> tuple[str, ...]:

@@ -127,7 +127,8 @@ def setup(assets: str | Path | None = None) -> Path:
     partial.write_text(json.dumps(config))  # JSON is YAML.
     os.replace(partial, folder / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # It advises on macros.
+    for name in ("robosuite_logs", "OpenGL.acceleratesupport"):  # Advice on optional parts.
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("libero.libero.envs")

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from jaxvp.evaluation.protocol import Protocol
-from jaxvp.evaluation.rollout import VIDEO_FPS, Episode, video_stride
+from jaxvp.evaluation.rollout import Episode, video_stride
 from jaxvp.video import write_video
 
 PACKAGES = ("jaxvp", "jax", "jaxlib", "orbax-checkpoint", "numpy")
@@ -138,6 +138,5 @@ def write(out: Path, found: Mapping, instructions: Mapping[str, str]):
         instructions=instructions,
         videos=videos,
         videos_on_page=VIDEOS_ON_PAGE,
-        video_fps=min(VIDEO_FPS, found["protocol"]["fps"]),
     )
     (out / "report.html").write_text(page)

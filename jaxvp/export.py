@@ -1,0 +1,101 @@
+"""Makes a policy bundle of a training run:
+
+    python -m jaxvp.export --workdir=DIR --out=BUNDLE
+"""
+
+import sys
+
+import jax
+import jax.export
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+
+from jaxvp import checkpoint, config as config_lib
+from jaxvp.data.clips import ClipSpec
+from jaxvp.policy import bundle
+from jaxvp.train import TrainConfig, make_method
+
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Workdir of a training run, or one of its checkpoints.")
+OUT = flags.DEFINE_string("out", None, "Folder of the bundle; it must be empty or absent.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
+ROBOT = flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot: str | None = None):
+    """Writes the bundle of the averaged parameters in `workdir` to `out`.
+
+    Raises:
+      CheckpointError, FileExistsError, ValueError: no checkpoint, no empty folder, no such robot.
+    """
+    assets = checkpoint.restore_json(workdir, "assets")
+    step = checkpoint.restore_json(workdir, "progress")["step"]
+    config = config_lib.build(TrainConfig, assets["config"], "config")
+    spec = config_lib.build(ClipSpec, assets["spec"], "spec")
+    robots = [name for name, n in assets["normalizers"].items() if n["action"]]
+    if robot is None and len(robots) == 1:
+        robot = robots[0]
+    if robot not in robots:
+        raise ValueError(f"--robot={robot}: {workdir} was trained on actions of {robots}; name one.")
+    normalizer, embodiment = assets["normalizers"][robot], assets["embodiments"][robot]
+    method = make_method(config, spec)
+    params = checkpoint.restore_params(workdir)
+
+    views = len(spec.cameras)
+    row = {
+        "video": ((views, 1, spec.height, spec.width, 3), np.uint8),
+        "view_mask": ((views,), np.bool_),
+        "text": ((spec.text_length,), np.int32),
+        "state": ((spec.state_size,), np.float32),
+        "state_mask": ((spec.state_size,), np.bool_),
+    }
+    seen = {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+            for name, (shape, dtype) in row.items()}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    keys = jax.ShapeDtypeStruct((batch_size, 2), np.uint32)
+
+    def exported(function):
+        def call(params, seen, keys):
+            return function(params, seen, jax.random.wrap_key_data(keys))
+        return jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys).serialize()
+
+    options = embodiment["options"]
+    manifest = {
+        "method": config.method["name"], "stage": config.stage, "step": step,
+        "robot": robot, "camera_text": embodiment["camera_text"], "layout": config.data.layout,
+        "cameras": embodiment["cameras"], "image_size": (spec.height, spec.width),
+        "image_orientation": "upright", "text_length": spec.text_length,
+        "fps": embodiment["fps"], "video_fps": spec.fps, "chunk": spec.chunk,
+        "execution_horizon": config.execution_horizon, "batch_size": batch_size,
+        "action_size": spec.action_size, "state_size": spec.state_size,
+        "action": normalizer["action"], "state": normalizer["state"],
+        "normalization": normalizer["mode"],
+        # What an evaluation must share with the making of the data.
+        "protocol": {name: options[name] for name in ("image_size", "rotation") if name in options},
+        "git_revision": assets["git_revision"], "versions": assets["versions"],
+        "config": assets["config"],
+    }
+    bundle.save(out, manifest, params, exported(method.act), exported(method.imagine))
+    print(f"{out}: {manifest['method']} after step {step} of stage {config.stage}, for {robot}.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        export(WORKDIR.value, OUT.value, BATCH_SIZE.value, ROBOT.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run():
+    """Entry point `jaxvp-export`."""
+    flags.mark_flags_as_required(["workdir", "out"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,139 @@
+"""The command: from a bundle to results, and one clear error for what cannot work."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import rich.console
+import toy_bundle
+
+from jaxvp import evaluate
+from jaxvp.evaluate import Settings
+from jaxvp.video import read_video
+
+# Nothing that trains models is needed to run one.
+BANNED = {"torch", "tensorflow", "flax", "optax", "grain", "tensorflow_datasets"}
+COMMAND = f"""
+import sys
+from jaxvp import evaluate
+try:
+    evaluate.run()
+finally:
+    print("imported:", sorted({BANNED} & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return str(toy_bundle.write(tmp_path_factory.mktemp("bundles") / "toy"))
+
+
+def command(*flags):
+    return subprocess.run([sys.executable, "-W", "error", "-c", COMMAND, *flags],
+                          capture_output=True, text=True)
+
+
+def run(**settings):
+    plan = evaluate.make_plan(Settings(**settings))
+    return evaluate.evaluate(plan, plan.make_policy(), rich.console.Console(quiet=True))
+
+
+def test_command(bundle, tmp_path):
+    out = tmp_path / "out"
+    done = command(f"--bundle={bundle}", "--suite=tabletop", "--tasks=1,lift_tray", "--trials=2",
+                   "--num_envs=3", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "imported: []" in done.stdout and str(out / "report.html") in done.stdout
+    found = json.loads((out / "results.json").read_text())
+    assert [task["name"] for task in found["tasks"]] == ["lift_tray", "red_on_plate"]
+    assert found["bundle"]["method"] == "toy" and found["policy"] == "bundle"
+    assert found["protocol"]["camera_size"] == [32, 32]  # as the bundle asks for
+    assert found["protocol"]["trials"] == 2 and found["latency"]["calls"] > 0
+    for row in found["episodes"]:
+        assert len(read_video(out / row["video"])) == row["steps"] + 1
+        assert ("success" in row["video"]) == row["success"]
+    assert (out / "report.html").read_text().count("<video ") == 4
+
+
+def test_episodes_do_not_depend_on_num_envs(bundle, tmp_path, monkeypatch):
+    kept = []
+    original = evaluate.report.save_video
+    monkeypatch.setattr(evaluate.report, "save_video",
+                        lambda out, episode, *rest: kept.append(episode) or original(
+                            out, episode, *rest))
+    for num_envs in (1, 4):
+        run(bundle=bundle, tasks=("lift_tray",), trials=4, num_envs=num_envs,
+            out=str(tmp_path / str(num_envs)))
+    one, four = ({e.trial: [f.tobytes() for f in e.frames] for e in part}
+                 for part in (kept[:4], kept[4:]))
+    assert one == four and len(set(map(tuple, one.values()))) == 4
+
+
+@pytest.mark.parametrize("policy, rate", [("expert", 1), ("replay", 1), ("random", 0)])
+def test_baselines(tmp_path, policy, rate):
+    found = run(policy=policy, tasks=("0", "9"), trials=2, videos=0, out=str(tmp_path / "out"))
+    assert found["success_rate"] == rate and found["bundle"] is None
+    assert not (tmp_path / "out" / "videos").exists() and found["latency"] is None
+
+
+def test_dry_run(bundle):
+    done = command(f"--bundle={bundle}", "--dry_run", "--tasks=hand_over_blue")
+    assert done.returncode == 0, done.stderr
+    assert "10 hand_over_blue: hand the blue block to the right plate" in done.stdout
+    assert "max_steps" in done.stdout
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--suite=tabletopp"], "--suite: there is no 'tabletopp'; did you mean 'tabletop'?"),
+    (["--trails=10"], "Unknown command line flag 'trails'. Did you mean: trials"),
+])
+def test_command_says_what_is_wrong(flags, message):
+    done = command("--policy=expert", "--out=unused", *flags)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"policy": "experts"}, "--policy: there is no 'experts'; did you mean 'expert'"),
+    ({"policy": "bundle"}, "--bundle=DIR is missing"),
+    ({"bundle": "nowhere", "policy": "bundle"}, "nowhere is not a policy bundle"),
+    ({"bundle": "nowhere"}, "--policy=expert does not use --bundle=nowhere"),
+    ({"out": None}, "--out=DIR is missing"),
+    ({"trials": 0}, "--trials must be at least 1, found 0"),
+    ({"num_envs": 0}, "--num_envs must be at least 1"),
+    ({"videos": -1}, "--videos must be at least 0"),
+    ({"tasks": ["13"]}, "no task 13, the numbers are 0 to 12"),
+    ({"tasks": ["lift_trai"]}, "--tasks: there is no 'lift_trai'; did you mean 'lift_tray'"),
+    ({"tasks": ["-1"]}, "--tasks: there is no '-1'"),
+])
+def test_wrong_settings(settings, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate.make_plan(Settings(**{"policy": "expert", "out": str(tmp_path), **settings}))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"robot": "aloha"}, "robot: the bundle has aloha, the suite tabletop"),
+    ({"fps": 20.0}, "actions per second: the bundle has 20.0, the suite 10.0"),
+    ({"cameras": ["front", None, None]}, "cameras that are absent: .*front"),
+    ({"action": {**toy_bundle.statistics(), "units": ["mm"] * 8}}, "actions: .*left_x \\[mm\\]"),
+    ({"state": {**toy_bundle.statistics(), "names": list("abcdefgh")}}, "state: .*'a \\[m\\]'"),
+    ({"text_length": 8}, "raise text_length"),
+    ({"protocol": {"rotation": "180"}}, "protocol.rotation does not exist.*: image_size"),
+])
+def test_bundle_of_something_else(tmp_path, changes, message):
+    manifest = toy_bundle.manifest(**changes, format_version=1)
+    (tmp_path / "policy.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
+
+
+def test_results_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds another result"):
+        evaluate.make_plan(Settings(policy="expert", out=str(tmp_path)))
+
+
+def test_tasks_keep_the_order_of_the_suite():
+    assert evaluate.choose_tasks(["c", "0"], ("a", "b", "c")) == ("a", "c")
+    assert evaluate.choose_tasks([], ("a", "b", "c")) == ("a", "b", "c")
