@@ -1,7 +1,8 @@
 """Action head on the frozen video transformer of configs/pretrain.py."""
 
-from configs import pretrain
 from ml_collections import ConfigDict
+
+from configs import pretrain
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,6 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
@@ -47,7 +46,7 @@ def build(cls: Callable, mapping: Mapping, where: str = "config"):
     Raises:
       ConfigError: a key is unknown or missing, or a value has another type than declared.
     """
-    if not isinstance(mapping, Mapping | ConfigDict):
+    if not _is_mapping(mapping):
         raise ConfigError(f"{where}: expected the fields of {cls.__name__}, found {mapping!r}.")
     parameters = inspect.signature(cls).parameters
     check_keys(mapping, parameters, where)
@@ -116,6 +115,11 @@ def check_workdir(workdir: epath.PathLike, config: Mapping, may_differ: Sequence
         temporary.replace(path)  # A reader never sees half a file.
 
 
+def _is_mapping(value) -> bool:
+    """Of a ConfigDict too, which is no Mapping; to import its class would cost the evaluator."""
+    return isinstance(value, Mapping) or hasattr(value, "keys")
+
+
 def _convert(value, hint, where: str):
     """`value` as the type that `hint` declares; ConfigError when it is not one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -127,7 +131,7 @@ def _convert(value, hint, where: str):
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
-    if isinstance(value, ConfigDict):
+    if _is_mapping(value) and not isinstance(value, Mapping):
         value = value.to_dict()
     kind = origin or hint
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -150,7 +154,7 @@ def _convert(value, hint, where: str):
 
 
 def _convert_union(value, choices, hint, where: str):
-    if isinstance(value, Mapping | ConfigDict):  # A mapping is the fields of the one dataclass.
+    if _is_mapping(value):  # A mapping is the fields of the one dataclass.
         for choice in choices:
             if dataclasses.is_dataclass(choice):
                 return build(choice, value, where)
@@ -172,7 +176,7 @@ def _wrong_type(value, hint, where: str) -> ConfigError:
 
 def plain(value, where: str = "config"):
     """JSON values: mappings become dicts, sequences lists; errors as for `to_json`."""
-    if isinstance(value, Mapping | ConfigDict):
+    if _is_mapping(value):
         return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]

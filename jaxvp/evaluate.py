@@ -48,7 +48,7 @@ class Settings:
     trials: int | None = None
     out: str | None = None
     seed: int = 0
-    num_envs: int = 8
+    num_envs: int | None = None
     videos: int | None = None
     libero_assets: str | None = None
     libero_demos: str | None = None
@@ -66,12 +66,13 @@ def define_flags():
     number("trials", None, "episodes per task; default: the protocol's")
     text("out", None, "folder for results.json, report.html and videos")
     number("seed", default.seed, "of the policy's noise; the protocol seeds the simulator")
-    number("num_envs", default.num_envs, "environments that share a call of the policy")
+    number("num_envs", None,
+           "environments that share a call of the policy; default: what the bundle takes at once")
     number("videos", None, "videos per task, 0 for none; default: all trials")
     text("libero_assets", None, "folder of LIBERO's meshes, textures and scenes")
     text("libero_demos", None, "for --policy=replay: folder of <suite>/<task>_demo.hdf5")
     flags.DEFINE_bool("dry_run", False, "print protocol and tasks, run nothing")
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax reports every file it reads.
+    flags.FLAGS.verbosity = logging.WARNING  # Orbax reports every file that it reads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,13 @@ class Plan:
     make_policy: Callable[[], Policy]
     manifest: policy_bundle.Manifest | None
 
+    @property
+    def num_envs(self) -> int:
+        return self.settings.num_envs or (self.manifest.batch_size if self.manifest else 1)
+
 
 def make_plan(settings: Settings) -> Plan:
-    """What the settings ask for. Loads no weights and touches no device.
+    """What the settings ask for. Makes the folder `out`; loads no weights, touches no device.
 
     Raises:
       ValueError, OSError, RuntimeError: a flag, the bundle or the simulator cannot be used.
@@ -118,7 +123,10 @@ def make_plan(settings: Settings) -> Plan:
             f"--trials={protocol.trials}: {protocol.suite} has {protocol.max_trials} trials.")
     if manifest:
         check_fit(manifest, suite, protocol)
-    return Plan(settings, suite, protocol, _policy_maker(settings, suite, protocol), manifest)
+    make_policy = _policy_maker(settings, suite, protocol)
+    if not settings.dry_run:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+    return Plan(settings, suite, protocol, make_policy, manifest)
 
 
 def choose(flag: str, name: str, known: Collection[str]) -> str:
@@ -211,7 +219,6 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
     settings, protocol, out = plan.settings, plan.protocol, Path(plan.settings.out)
     started = time.perf_counter()
     instructions = {task: plan.suite.instruction(task) for task in protocol.tasks}
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
     with rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
@@ -221,7 +228,7 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
         console=console,
     ) as progress:
         bar = progress.add_task(protocol.suite, total=len(protocol.tasks) * protocol.trials)
-        for episode in rollouts(plan.suite, protocol, policy, settings.num_envs, settings.videos):
+        for episode in rollouts(plan.suite, protocol, policy, plan.num_envs, settings.videos):
             instruction = instructions[episode.task]
             rows.append({
                 "task": episode.task,
@@ -246,7 +253,7 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
     }
     found = report.results(
         protocol, rows,
-        policy=settings.policy, bundle=bundle, seed=settings.seed, num_envs=settings.num_envs,
+        policy=settings.policy, bundle=bundle, seed=settings.seed, num_envs=plan.num_envs,
         wall_time_s=time.perf_counter() - started, latency=report.latency(policy.latencies),
     )
     report.write(out, found, instructions)
@@ -255,7 +262,7 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
 
 def print_plan(plan: Plan, console: rich.console.Console):
     """What would run."""
-    table = rich.table.Table("protocol", "", show_lines=False)
+    table = rich.table.Table("protocol", "")
     for name, value in plan.protocol.to_dict().items():
         if name != "tasks":
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

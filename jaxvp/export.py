@@ -11,16 +11,12 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from jaxvp import checkpoint, config as config_lib
+from jaxvp import checkpoint
+from jaxvp import config as config_lib
 from jaxvp.data.clips import ClipSpec
 from jaxvp.policy import bundle
 from jaxvp.train import TrainConfig, make_method
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or one of its checkpoints.")
-OUT = flags.DEFINE_string("out", None, "Folder of the bundle; it must be empty or absent.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
-ROBOT = flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -86,13 +82,18 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
     logging.set_verbosity(logging.WARNING)
     try:
-        export(WORKDIR.value, OUT.value, BATCH_SIZE.value, ROBOT.value)
+        settings = flags.FLAGS
+        export(settings.workdir, settings.out, settings.batch_size, settings.robot)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def run():
     """Entry point `jaxvp-export`."""
+    flags.DEFINE_string("workdir", None, "Workdir of a training run, or one of its checkpoints.")
+    flags.DEFINE_string("out", None, "Folder of the bundle; it must be empty or absent.")
+    flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
+    flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
     flags.mark_flags_as_required(["workdir", "out"])
     app.run(main)
 

@@ -10,26 +10,19 @@ from jaxvp import config as config_lib
 from jaxvp import distributed
 from jaxvp.train import train
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; `FILE:ARGUMENT` chooses one of its variants, "
-    "`--config.key=value` changes a key.")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py. A run that is "
-    "there already is continued.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
-
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
     logging.set_verbosity(logging.WARNING)  # JAX tells which backends it did not find.
     distributed.initialize()
-    config = CONFIG.value
-    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-    workdir = WORKDIR.value or pathlib.Path("runs") / pathlib.Path(file).stem
+    settings = flags.FLAGS
+    config = settings.config
+    file = config_flags.get_config_filename(settings["config"]).split(":")[0]
+    workdir = settings.workdir or pathlib.Path("runs") / pathlib.Path(file).stem
     if config.get("embedded") and jax.process_index() == 0:
         build_embedded(config)
-    train(config, workdir, DRY_RUN.value)
+    train(config, workdir, settings.dry_run)
 
 
 def build_embedded(config):
@@ -46,6 +39,13 @@ def build_embedded(config):
 
 def run():
     """Entry point `jaxvp-train`."""
+    config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/; FILE:ARGUMENT chooses one of its variants, "
+        "--config.key=value changes a key.")
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py. A run that "
+        "is there already is continued.")
+    flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
     flags.mark_flag_as_required("config")
     app.run(main)
 

@@ -89,7 +89,7 @@ class MetricWriter:
         status = "  ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in metrics.items())
         self._bar.update(self._task, completed=step, status=status)
         if self._bar.disable:
-            rich.print(f"step {step}  {status}")
+            self._bar.console.print(f"step {step}  {status}", soft_wrap=True, highlight=False)
         self._submit(self._write_scalars, step, metrics, time.time())
 
     def image(self, step: int, name: str, image: np.ndarray):

@@ -13,7 +13,8 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import checkpoint, config as config_lib, distributed, metrics, optim, sharding
+from jaxvp import checkpoint, distributed, metrics, optim, sharding
+from jaxvp import config as config_lib
 from jaxvp.data import mixture, observation
 from jaxvp.data.clips import ClipSpec
 from jaxvp.evaluation.video_quality import psnr

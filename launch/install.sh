@@ -4,9 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
-stamp=.venv/installed
-wanted="$extras $(sha256sum setup.cfg | cut -d' ' -f1)"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+stamp=.venv/installed-${extras:-base}
+if cmp -s setup.cfg "$stamp"; then
     exit 0
 fi
 
@@ -36,4 +35,4 @@ if [[ ",$extras," == *,libero,* ]]; then
     # See [options.extras_require] in setup.cfg.
     pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 fi
-echo "$wanted" > "$stamp"
+cp setup.cfg "$stamp"

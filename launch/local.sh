@@ -13,12 +13,7 @@ python=.venv/bin/python
 step "Install"
 launch/install.sh
 
-step "Dataset"
-if ! compgen -G "data/tabletop/[0-9]*.[0-9]*.[0-9]*" > /dev/null; then
-    $python -m data_builders.build tabletop --out=data/tabletop
-fi
-
-step "Pretrain the video model"
+step "Build the embedded dataset, data/tabletop, and pretrain the video model"
 $python -m jaxvp.main --config=configs/pretrain.py --workdir="$out/pretrain"
 
 step "Fine-tune the action head"
@@ -35,6 +30,7 @@ evaluate() {  # evaluate FOLDER FLAGS...
     local folder=$1
     shift
     if [ ! "$folder/results.json" -nt "$out/bundle/policy.json" ]; then
+        rm -rf "$folder"  # Of an older bundle.
         $python -m jaxvp.evaluate --suite=tabletop --trials=25 --out="$folder" "$@"
     fi
 }

@@ -7,6 +7,7 @@ import pytest
 
 from jaxvp import checkpoint, optim, sharding
 from jaxvp.checkpoint import CheckpointError, Checkpoints, restore_or_init
+from jaxvp.data.clips import ClipSpec
 from jaxvp.rules import named_leaves
 
 # When one array cannot be read, Orbax closes its event loop while others are still on their way.
@@ -256,8 +257,8 @@ def test_nothing_is_logged(tmp_path, state, abstract, caplog, capsys):
 
 
 def test_assets_say_where_a_run_comes_from():
-    spec = ClipSpec(views=1, frames=2, image_size=8, chunk=4, action_dim=2, state_dim=2,
-                    text_length=16, layout="single")
+    spec = ClipSpec(cameras=("head",), num_frames=2, fps=5.0, chunk=4, height=8, width=8,
+                    text_length=16, action_size=2, state_size=2)
     assets = checkpoint.run_assets({"steps": 3, "rates": (1, 2)}, spec, {}, {"arm": {"fps": 5}})
     assert assets["config"] == {"steps": 3, "rates": [1, 2]} and assets["spec"]["chunk"] == 4
     assert assets["embodiments"] == {"arm": {"fps": 5}}

@@ -30,10 +30,11 @@ def imagine(params, observation, keys):
 
 
 def statistics() -> dict:
-    units = [unit if unit != "1" else "0 closed..1 open" for unit in tabletop.ACTION_UNITS]
+    split = (name.rstrip("]").split(" [") for name in tabletop.ACTION_NAMES)
+    names, units = zip(*split, strict=True)
     low, high = [-0.4, -0.4, 0.0, 0.0] * 2, [0.4, 0.4, 0.3, 1.0] * 2
     zeros = [0.0] * SIZE
-    return {"names": list(tabletop.ACTION_NAMES), "units": units, "count": 100, "min": low,
+    return {"names": names, "units": units, "count": 100, "min": low,
             "max": high, "mean": zeros, "std": zeros, "q01": low, "q99": high}
 
 

@@ -31,7 +31,7 @@ class Builder(builder.Builder):
     episodes: int = option(600, "episodes to run, in turn over the tasks")
     tasks: tuple[str, ...] = option(("core",), "core, seen, or names of tasks")
     image_size: int = option(32, "height and width of every camera, pixels")
-    seed: int = option(1_000_000, "of the first episode; evaluations start at 0")
+    seed: int = option(1_000_000, "of the first episode; evaluations start at 100,000")
     disturbance: float = option(0.01, "noise on the motion, metres per step and axis")
     background: str = option("seen", "table tops: seen or unseen")
     distractors: str = option("none", "none, seen or unseen")
@@ -52,10 +52,7 @@ class Builder(builder.Builder):
         return tuple(dict.fromkeys(task for name in self.tasks for task in TASKS[name]))
 
     def features(self):
-        units = [unit if unit != "1" else "0 closed..1 open" for unit in tabletop.ACTION_UNITS]
-        names = [
-            f"{name} [{unit}]" for name, unit in zip(tabletop.ACTION_NAMES, units, strict=True)
-        ]
+        names = tabletop.ACTION_NAMES
         size = self.image_size, self.image_size
         return episode.features({camera: size for camera in tabletop.CAMERAS}, names, names)
 

@@ -17,7 +17,6 @@ from jaxvp.envs.tabletop_world import HIGH, LOW
 
 __all__ = [
     "ACTION_NAMES",
-    "ACTION_UNITS",
     "BACKGROUNDS",
     "CAMERAS",
     "CAMERA_LAYOUT",
@@ -37,9 +36,10 @@ ROBOT = "tabletop"
 CAMERA_LAYOUT = "bimanual"
 CAMERA_TEXT = "one head camera and two wrist cameras"
 ACTION_NAMES = tuple(
-    f"{side}_{name}" for side in ("left", "right") for name in ("x", "y", "z", "gripper")
+    f"{side}_{name}"
+    for side in ("left", "right")
+    for name in ("x [m]", "y [m]", "z [m]", "gripper [0 closed .. 1 open]")
 )
-ACTION_UNITS = ("m", "m", "m", "1") * 2
 
 
 def _choose(what, name, options):
@@ -55,7 +55,7 @@ class TabletopEnv(gymnasium.Env):
 
     Action and state, float32[8]: left x, y, z (m) and gripper (0 closed..1 open), the same right;
     actions are absolute targets, clipped to each arm's workspace, approached by at most 0.05 m and
-    0.5 of gripper per step. A gripper that closes through 0.5 within 4 cm of a block or of its
+    0.5 of gripper per step. A gripper that closes through 0.5 within 6 cm of a block or of its
     handle of the tray takes it, and lets go above 0.5. Observation: `head`, `left_wrist`,
     `right_wrist` uint8[H, W, 3] (top row first) and `state`. Reward 1 and the end upon success;
     truncated after `max_steps`.

@@ -21,13 +21,14 @@ class Conditions:
     distractors: str = "none"
 
 
-SEEN = tuple(tabletop.SEEN_TASKS)
+# The tasks of configs/pretrain.py, and what differs from its data in one way.
+CORE = tuple(tabletop.CORE_TASKS)
 SUITES = {
-    "tabletop": Conditions(SEEN),
+    "tabletop": Conditions(CORE),
+    "tabletop_unseen_backgrounds": Conditions(CORE, background="unseen"),
+    "tabletop_unseen_distractors": Conditions(CORE, distractors="unseen"),
     "tabletop_unseen_tasks": Conditions(tuple(tabletop.UNSEEN_TASKS)),
-    "tabletop_unseen_backgrounds": Conditions(SEEN, background="unseen"),
-    "tabletop_unseen_distractors": Conditions(SEEN, distractors="unseen"),
-    "tabletop_all": Conditions((*SEEN, *tabletop.UNSEEN_TASKS)),
+    "tabletop_all": Conditions(tuple(tabletop.SEEN_TASKS)),
 }
 
 
@@ -46,8 +47,6 @@ class TabletopSuite:
         if name not in SUITES:
             raise ValueError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")
         self._conditions = SUITES[name]
-        units = [unit if unit != "1" else "0 closed..1 open" for unit in tabletop.ACTION_UNITS]
-        names = tuple(f"{n} [{u}]" for n, u in zip(tabletop.ACTION_NAMES, units, strict=True))
         env = self._env(self._conditions.tasks[0], image_size)
         self.protocol = Protocol(
             name="tabletop",
@@ -66,8 +65,8 @@ class TabletopSuite:
             rotation="none",
             gripper="as it is, 0 closed to 1 open",
             robot=tabletop.ROBOT,
-            action=names,
-            state=names,
+            action=tabletop.ACTION_NAMES,
+            state=tabletop.ACTION_NAMES,
             action_low=tuple(LOW.ravel().tolist()),
             action_high=tuple(HIGH.ravel().tolist()),
             simulator="jaxvp/Tabletop-v0",

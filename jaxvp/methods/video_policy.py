@@ -181,8 +181,8 @@ class VideoPolicy:
         state = observation["state"] * observation["state_mask"]
 
         def head(actions, sigma, memory):
-            sigma = jnp.full(actions.shape[:2], sigma)
-            return self.action_head(params["action"], actions, sigma, memory, state)
+            return self._action_velocity(
+                params, actions, jnp.full(actions.shape[:2], sigma), memory, state)
 
         solve, schedule = SAMPLERS[self.sampler], sigmas(self.action_steps, self.shift)
         if self.features == "noise":
@@ -230,6 +230,11 @@ class VideoPolicy:
     def _memory(self, params, features):
         return self.action_head.memory(params["action"], features, self.grid)
 
+    def _action_velocity(self, params, noisy, sigma, memory, state):
+        """The head predicts clean actions: what it outputs is then smooth in what it sees."""
+        clean = self.action_head(params["action"], noisy, sigma, memory, state)
+        return flow.velocity_from_data(noisy, clean, sigma)
+
     def _action_loss(self, params, clip, key, sigma, features):
         draws = 1 if self.features == "shared" else self.action_draws
         noise_key, sigma_key = jax.random.split(key)
@@ -242,9 +247,10 @@ class VideoPolicy:
         noisy = flow.interpolate(actions, noise, sigma)
         state = clip["state"] * clip["state_mask"]
         memory = self._memory(params, features)
-        velocity = self.action_head(params["action"], noisy, sigma, memory, state)
+        velocity = self._action_velocity(params, noisy, sigma, memory, state)
         mask = jnp.broadcast_to(clip["action_mask"][:, None], velocity.shape)
-        return flow.masked_mse(velocity - (noise - actions), mask).mean()
+        error = velocity - flow.velocity_from_data(noisy, actions, sigma)
+        return flow.masked_mse(error, mask).mean()
 
 
 def _rows(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

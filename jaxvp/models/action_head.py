@@ -65,7 +65,7 @@ class ActionHead:
 
     def __call__(self, params: dict, actions: jax.Array, sigma: jax.Array, memory: jax.Array,
                  state: jax.Array) -> jax.Array:
-        """Velocity of noisy chunks; R chunks of one sample share its features.
+        """Clean chunks from noisy ones; R chunks of one sample share its features.
 
         Args:
           actions: float32[B, R, P, A], noisy.
@@ -81,7 +81,7 @@ class ActionHead:
         def step(x, block):
             return module.bind(self._block, block)(x, time, memory), None
 
-        x, _ = jax.lax.scan(step, x, params["blocks"])
+        x, _ = jax.lax.scan(step, x, params["blocks"], unroll=self.layers)  # Few and small.
         return module.bind(self._out, params["head"])(x, time)
 
     def _stem(self, rngs):

@@ -45,7 +45,7 @@ def test_observation_info_and_truncation():
     assert env.step(observation["state"])[1:4] == (0.0, False, False)
     assert env.step(observation["state"])[1:4] == (0.0, False, True)
     assert env.render().shape == (32, 96, 3)
-    assert len(tabletop.ACTION_NAMES) == len(tabletop.ACTION_UNITS) == 8
+    assert len(tabletop.ACTION_NAMES) == 8
 
 
 def test_success_ends_the_episode_with_reward():

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from jaxvp.evaluation.video_quality import psnr, ssim
 
 

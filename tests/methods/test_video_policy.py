@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxvp.data.clips import ClipSpec
 from jaxvp.methods import base
 from jaxvp.methods.video_policy import VideoPolicy

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxvp.models.action_head import ActionHead, position_table
 
 HEAD = ActionHead(chunk=4, action_size=3, state_size=2, feature_width=8, taps=2, width=16, layers=2,

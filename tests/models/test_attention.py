@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxvp.models import module
 from jaxvp.models.attention import Attention, rope_table, rotate
 

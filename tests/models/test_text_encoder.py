@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from jaxvp.models.text_encoder import ByteTextEncoder
 
 

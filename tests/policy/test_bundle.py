@@ -16,6 +16,11 @@ def written(tmp_path_factory):
     return toy_bundle.write(tmp_path_factory.mktemp("bundles") / "toy")
 
 
+@pytest.fixture(scope="module")
+def loaded(written):
+    return bundle.load(written)
+
+
 @pytest.fixture
 def copy(written, tmp_path):
     return shutil.copytree(written, tmp_path / "copy")
@@ -31,8 +36,7 @@ def edit(path, **changes):
     file.write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
 
 
-def test_round_trip(written):
-    loaded = bundle.load(written)
+def test_round_trip(written, loaded):
     assert loaded.manifest.method == "toy" and loaded.manifest.format_version == 1
     assert loaded.manifest.dimensions("action")[3] == "left_gripper [0 closed..1 open]"
     assert loaded.manifest.normalizer.mode == "min_max"
@@ -42,24 +46,24 @@ def test_round_trip(written):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
-def test_any_number_of_rows(written, rows):
+def test_any_number_of_rows(loaded, rows):
     observation = toy_bundle.observation(rows)
-    expected = toy_bundle.act(toy_bundle.PARAMS, observation, keys(rows))
-    found = bundle.load(written).act(observation, keys(rows))
+    expected = jax.jit(toy_bundle.act)(toy_bundle.PARAMS, observation, keys(rows))
+    found = loaded.act(observation, keys(rows))
     assert found.shape == (rows, toy_bundle.CHUNK, toy_bundle.SIZE) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_rows_do_not_depend_on_each_other(written):
-    loaded, observation = bundle.load(written), toy_bundle.observation(5)
+def test_rows_do_not_depend_on_each_other(loaded):
+    observation = toy_bundle.observation(5)
     together = loaded.act(observation, keys(5))
     row = jax.tree.map(lambda x: x[3:4], (observation, keys(5)))
     np.testing.assert_array_equal(loaded.act(*row)[0], together[3])
 
 
-def test_imagine(written, copy):
+def test_imagine(loaded, copy):
     observation = toy_bundle.observation(2)
-    video = bundle.load(written).imagine(observation, keys(2))
+    video = loaded.imagine(observation, keys(2))
     np.testing.assert_array_equal(video[:, 2], observation["video"][:, 0, 0])
     (copy / "imagine.stablehlo").unlink()
     with pytest.raises(FileNotFoundError, match="imagine.stablehlo is missing"):

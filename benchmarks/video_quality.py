@@ -1,0 +1,100 @@
+"""How good is the video model? PSNR and SSIM on held-out clips, beside a copy of the first frame.
+
+    python benchmarks/video_quality.py --workdir=runs/local/pretrain \
+        --json=benchmarks/results/video_quality.json [--picture=docs/prediction.png]
+
+The model sees the first frame and the text of clips of the validation split and generates the
+rest. Frames past the end of an episode do not count.
+"""
+
+import argparse
+import json
+import os
+import platform
+
+import cv2
+import jax
+import numpy as np
+import rich
+from rich.table import Table
+
+from jaxvp import checkpoint
+from jaxvp import config as config_lib
+from jaxvp.data import mixture, observation
+from jaxvp.data.clips import ClipSpec
+from jaxvp.data.normalize import Normalizer
+from jaxvp.evaluation.video_quality import psnr, ssim
+from jaxvp.train import TrainConfig, make_method, observe
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True, help="of a training run")
+    parser.add_argument("--clips", type=int, default=256)
+    parser.add_argument("--json", help="where the numbers go")
+    parser.add_argument("--picture", help="where a picture of predictions over truths goes")
+    settings = parser.parse_args()
+
+    assets = checkpoint.restore_json(settings.workdir, "assets")
+    config = config_lib.build(TrainConfig, assets["config"], "config")
+    normalizers = {name: Normalizer.from_dict(value)
+                   for name, value in assets["normalizers"].items()}
+    size = config.batch_size
+    batches = mixture.validation_batches(config.data, size, -(-settings.clips // size),
+                                         normalizers=normalizers)
+    method = make_method(config, config_lib.build(ClipSpec, assets["spec"], "spec"))
+    params = checkpoint.restore_params(settings.workdir)
+    imagine = jax.jit(method.imagine)
+    layout = observation.LAYOUTS[config.data.layout]
+    truths, predictions, there = [], [], []
+    for number, clip in enumerate(batches):
+        keys = jax.random.split(jax.random.key(number), size)
+        predictions.append(np.asarray(imagine(params, observe(clip), keys)))
+        truths.append(observation.canvas(clip["video"], clip["view_mask"], layout))
+        there.append(clip["frame_mask"])
+    truth, predicted, there = (np.concatenate(x)[:settings.clips]
+                               for x in (truths, predictions, there))
+    copied = np.broadcast_to(truth[:, :1], truth.shape)
+
+    table = Table("frame", "PSNR model", "PSNR copy", "SSIM model", "SSIM copy",
+                  title=f"{settings.clips} held-out clips")
+    result = {"clips": settings.clips, "frames": int(there[:, 1:].sum()),
+              "sampler": {"name": method.sampler, "steps": method.video_steps}}
+    for frame in [*range(1, truth.shape[1]), slice(1, None)]:
+        mask = there[:, frame]
+        scores = {f"{name}_{what}": float(score(video[:, frame], truth[:, frame])[mask].mean())
+                  for name, score in (("psnr", psnr), ("ssim", ssim))
+                  for what, video in (("model", predicted), ("copy", copied))}
+        label = "all" if isinstance(frame, slice) else str(frame)
+        result[f"frame_{label}"] = scores
+        table.add_row(label, *(f"{x:.3f}" for x in scores.values()))
+    rich.print(table)
+    if settings.picture:
+        cv2.imwrite(settings.picture, contact_sheet(truth, predicted, there)[..., ::-1])
+    if settings.json:
+        with open(settings.json, "w") as file:
+            json.dump({
+                "benchmark": "video_quality", **result,
+                "step": checkpoint.restore_json(settings.workdir, "progress")["step"],
+                "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+                "versions": checkpoint.versions(), "config": assets["config"],
+            }, file, indent=2)
+
+
+def contact_sheet(truth, predicted, there, clips=4, scale=4) -> np.ndarray:
+    """uint8[H, W, 3]: per clip, the truth's frames above the predicted ones; whole clips only."""
+    chosen = np.flatnonzero(there.all(1))[:: max(1, int(there.all(1).sum()) // clips)][:clips]
+    border = 2
+    columns = []
+    for clip in chosen:
+        rows = [np.concatenate(list(np.pad(video[clip], ((0, 0), (0, border), (0, border), (0, 0)),
+                                           constant_values=255)), axis=1)
+                for video in (truth, predicted)]
+        columns.append(np.pad(np.concatenate(rows), ((0, 0), (0, 3 * border), (0, 0)),
+                              constant_values=255))
+    sheet = np.concatenate(columns, axis=1)
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What is installed: what setup.cfg promises, and what importing a command costs."""
+
+import ast
+import configparser
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+HEAVY = {"torch", "tensorflow", "matplotlib", "mujoco", "robosuite", "pandas", "moviepy"}
+
+
+def imported_by(module):
+    """Top-level packages that are loaded after `import module` in a new interpreter."""
+    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True,
+                         capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def test_training_imports_nothing_that_it_does_not_need():
+    assert not imported_by("jaxvp.main") & HEAVY
+
+
+@pytest.mark.parametrize("module", ["jaxvp.evaluate", "jaxvp.policy.bundle"])
+def test_the_evaluator_imports_no_training_code(module):
+    training = {"flax", "optax", "grain", "tensorflow_datasets", "ml_collections"}
+    assert not imported_by(module) & (HEAVY | training)
+
+
+def test_the_entry_points_exist():
+    scripts = SETUP["options.entry_points"]["console_scripts"].split("\n")
+    targets = dict(re.split(r"\s*=\s*", line) for line in scripts if line)
+    assert targets.keys() == {"jaxvp-train", "jaxvp-export", "jaxvp-evaluate"}
+    for target in targets.values():
+        module, name = target.split(":")  # Not imported: two commands define flags of one name.
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, target
+
+
+def test_every_requirement_is_met_here():
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = SETUP["options"]["install_requires"].split("\n")
+    for line in filter(None, lines):
+        requirement = packaging.Requirement(line)
+        assert requirement.specifier, f"{line} has no lower bound"
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), line
+
+
+def test_the_packages_that_are_installed():
+    include = SETUP["options.packages.find"]["include"].split()
+    found = {name.split(".")[0] for name in setuptools.find_namespace_packages(ROOT, (), include)}
+    assert found == {"jaxvp", "data_builders", "configs"}
+
+
+def test_tools_are_set_up_in_one_place():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r"^\[.*\]$", text, re.MULTILINE) == ["[build-system]"]
+    assert "--select" in SETUP["tool:ruff"]["options"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
+def test_scripts_parse_and_explain_themselves(script):
+    assert script.stat().st_mode & 0o111, "not executable"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    lines = script.read_text().splitlines()
+    assert lines[1].startswith("# ") and any(line == "set -euo pipefail" for line in lines)
+
+
+def test_no_module_is_too_long_to_read():
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines())
+               for path in ROOT.glob("jaxvp/**/*.py")}
+    assert not {path: length for path, length in lengths.items() if length > 500}

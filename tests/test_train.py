@@ -1,0 +1,195 @@
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import finetune, pretrain
+from data_builders.build import build
+from data_builders.tabletop.tabletop import Builder
+from jaxvp import checkpoint, export, train
+from jaxvp.config import ConfigError
+from jaxvp.metrics import NonFiniteError
+from jaxvp.policy import bundle
+from jaxvp.rules import named_leaves
+
+SMALL = {
+    "method.video.width": 16, "method.video.ffn": 32, "method.video.layers": 2,
+    "method.video.unroll": 1, "method.taps": (0, 1), "method.text.width": 8,
+    "method.head.width": 16, "method.head.layers": 1, "method.head.heads": 2,
+    "method.video_steps": 2, "method.action_steps": 2, "data.image_size": 16,
+    "data.num_frames": 3, "data.chunk": 4, "execution_horizon": 2, "embedded": {},
+    "optimizer.warmup_steps": 1, "batch_size": 8, "log_every": 1, "validate_every": 0,
+    "validation_batches": 1, "sample_every": 0, "sample_clips": 2, "save_every": 3, "keep": 9,
+}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tabletop")
+    builder = Builder(episodes=8, tasks=("core",), image_size=16, val_fraction=0.3)
+    build(builder, builder.items(), out, num_workers=1)
+    return str(out)
+
+
+def config_of(dataset, base=pretrain, **changes):
+    config = base.get_config()
+    for key, value in (SMALL | {"steps": 4} | changes).items():
+        with config.unlocked():
+            target, *rest = (config, *key.split("."))
+            for part in rest[:-1]:
+                target = target[part]
+            target[rest[-1]] = value
+    config.data.sources = ({"path": dataset},)
+    return config
+
+
+def weights(workdir, step, item="params"):
+    return named_leaves(checkpoint.restore_params(workdir / "checkpoints" / str(step), item))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(config_file, dataset, workdir, steps):
+    flags = [f"--config.{key}={value}" for key, value in SMALL.items() if key != "embedded"]
+    # A tuple of mappings cannot be a flag; the embedded dataset lies at its default path.
+    return [sys.executable, "-m", "jaxvp.main", f"--config={config_file}", f"--workdir={workdir}",
+            f"--config.steps={steps}", *flags]
+
+
+def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
+    """SIGKILL at some step between two checkpoints; the same length without it in this process."""
+    steps, folder = 10, tmp_path / "here"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "tabletop").symlink_to(dataset)
+    (folder / "configs").symlink_to(os.path.abspath("configs"))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = command("configs/pretrain.py", dataset, tmp_path / "killed", steps)
+    process = subprocess.Popen(run, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    seen = 0
+    while seen < 4 and time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            seen = len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines())
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped_after = rows(tmp_path / "killed")[-1]["step"]
+    assert 4 <= stopped_after < steps
+
+    subprocess.run(run, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    straight = command("configs/pretrain.py", dataset, tmp_path / "straight", steps)
+    subprocess.run(straight, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    for item in ("params", "ema"):
+        expected = weights(tmp_path / "straight", steps, item)
+        found = weights(tmp_path / "killed", steps, item)
+        assert expected.keys() == found.keys()
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    a, b = (checkpoint.restore_json(tmp_path / name, "data") for name in ("killed", "straight"))
+    assert a == b == {"step": steps, "batch_size": 8}
+    # The same batches: the losses of every step agree, of those after the restart too.
+    losses = [[(row["step"], row["loss"]) for row in rows(tmp_path / name)]
+              for name in ("killed", "straight")]
+    assert losses[0] == losses[1] and len(losses[0]) == steps
+
+
+def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, tmp_path):
+    train.train(config_of(dataset), tmp_path / "video")
+    config = config_of(dataset, finetune, init_from=str(tmp_path / "video"))
+    train.train(config, tmp_path / "action")
+    before, after = weights(tmp_path / "video", 4, "ema"), weights(tmp_path / "action", 4)
+    changed = {name.split("/")[0] for name in after if (after[name] != before[name]).any()}
+    assert changed == {"action"}
+
+    export.export(tmp_path / "action", tmp_path / "bundle", batch_size=2)
+    policy = bundle.load(tmp_path / "bundle")
+    seen = {"video": np.zeros((3, 3, 1, 16, 16, 3), np.uint8), "view_mask": np.ones((3, 3), bool),
+            "text": np.ones((3, 96), np.int32), "state": np.zeros((3, 8), np.float32),
+            "state_mask": np.ones((3, 8), bool)}
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 3))
+    actions = policy.act(seen, np.asarray(keys))
+    config = train.config_lib.build(train.TrainConfig, config, "config")
+    method = train.make_method(config, train.ClipSpec(**checkpoint.restore_json(
+        tmp_path / "action", "assets")["spec"]))
+    params = checkpoint.restore_params(tmp_path / "action")
+    expected = jax.jit(method.act)(params, seen, jax.random.wrap_key_data(keys))
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+    assert policy.imagine(seen, np.asarray(keys)).shape == (3, 3, 24, 16, 3)
+    with pytest.raises(ValueError, match="--robot=aloha"):
+        export.export(tmp_path / "action", tmp_path / "other", 2, "aloha")
+
+
+def test_eight_devices_train_as_one(dataset, tmp_path):
+    train.train(config_of(dataset, mesh={"data": 4, "fsdp": 2},
+                          rules=((".*/ffn_1/kernel", (None, None, "fsdp")),)), tmp_path / "eight")
+    one = subprocess.run(
+        [sys.executable, "-c", "import sys; from tests.test_train import *; "
+         "train.train(config_of(sys.argv[1]), sys.argv[2])", dataset, tmp_path / "one"],
+        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    eight, single = (rows(tmp_path / name) for name in ("eight", "one"))
+    np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in single], rtol=1e-4)
+
+
+def test_validation_samples_and_one_compilation(dataset, tmp_path, caplog):
+    changes = {"validate_every": 2, "sample_every": 4, "log_every": 2}
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax._src.interpreters.pxla"):
+        train.train(config_of(dataset, **changes), tmp_path)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling jit(update)" in r.getMessage()]
+    assert len(compiled) == 1
+    last = rows(tmp_path)[-1]
+    assert {"psnr", "psnr_of_first_frame", "validation_loss", "clips_per_second",
+            "bad_records"} < last.keys()
+    assert (tmp_path / "samples" / "0000004.mp4").stat().st_size > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_nan_stops_the_run_and_saves_nothing_bad(dataset, tmp_path):
+    config = config_of(dataset, save_every=1, **{"optimizer.learning_rate": 1e30,
+                                                 "optimizer.clip_norm": None})
+    with pytest.raises(NonFiniteError, match=r"Step \d: "):
+        train.train(config, tmp_path)
+    for step in checkpoint.Checkpoints(tmp_path).steps:
+        assert all(np.isfinite(x).all() for x in weights(tmp_path, step).values())
+
+
+def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
+    train.train(config_of(dataset), tmp_path / "run", dry_run=True)
+    assert "parameters trained" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"batchsize": 3}, "config.batchsize does not exist. Did you mean config.batch_size?"),
+    ({"method.video.widht": 3}, "config.method.video.widht does not exist"),
+    ({"method.name": "vidar2"}, "known methods"),
+    ({"stage": "vidoe"}, "has stages"),
+    ({"data.fsp": 3.0}, "config.data.fsp does not exist. Did you mean config.data.fps?"),
+    ({"steps": "many"}, "config.steps: expected int, found 'many'"),
+    ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+    ({"batch_size": 6}, "does not divide evenly"),
+    ({"data.image_size": 12}, "multiples of"),
+    ({"init_from": "nowhere"}, "No checkpoint in nowhere"),
+])
+def test_bad_configs_name_the_key(dataset, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        train.train(config_of(dataset, **changes), tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused(dataset, tmp_path):
+    train.train(config_of(dataset, steps=3), tmp_path)
+    with pytest.raises(ConfigError, match=r"config.optimizer.learning_rate: 0.\d+ -> 0.5"):
+        train.train(config_of(dataset, steps=3, **{"optimizer.learning_rate": 0.5}), tmp_path)
+
+
+def test_absent_dataset(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.train(config_of("nowhere"), tmp_path)
