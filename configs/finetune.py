@@ -1,17 +1,33 @@
-"""Action head on the frozen video transformer of configs/pretrain.py."""
+"""Action head on the frozen video transformer of configs/pretrain.py.
+
+    python -m jaxvp.main --config=configs/finetune.py
+    python -m jaxvp.main --config=configs/finetune.py:untuned
+    python -m jaxvp.main --config=configs/finetune.py:all       # after configs/pretrain.py:all
+
+`untuned` is the same head on a video transformer that has never seen video ("no video tuning" of
+Video Policy): the ablation that tells what the first stage is worth. Time and numbers are in the
+README; `all` has none yet.
+"""
 
 from ml_collections import ConfigDict
 
 from configs import pretrain
 
+VARIANTS = {
+    "": {"init_from": "runs/pretrain", "steps": 1800},
+    "untuned": {"init_from": "", "steps": 1800},
+    "all": {"init_from": "runs/pretrain_all", "steps": 14400},
+}
 
-def get_config() -> ConfigDict:
-    config = pretrain.get_config()
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/finetune.py:{variant}: variants are {sorted(VARIANTS)}.")
+    config = pretrain.get_config("all" if variant == "all" else "")
     config.stage = "action"
-    config.init_from = "runs/pretrain"
-    config.steps = 700
-    config.batch_size = 64
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 35
+    config.update(VARIANTS[variant])
+    config.optimizer.warmup_steps = 90
+    config.ema = 0.99
     config.sample_every = 0
+    config.validate_every = 600
     return config

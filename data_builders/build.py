@@ -10,8 +10,8 @@ import difflib
 import importlib
 import multiprocessing
 import sys
-import threading
 import typing
+from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
@@ -106,16 +106,21 @@ def dry_run(builder: Builder, items: list):
         return
 
 
-_events = None  # In a worker: the queue to the parent's progress bar.
+# In a worker: items done, by shard. Each shard has one writer, so there is no lock, which a worker
+# that is killed would keep.
+_counts = None
 
 
-def _start_worker(events):
-    global _events
-    _events = events
+def _start_worker(counts):
+    global _counts
+    _counts = counts
 
 
-def _work(builder: Builder, shard: writer.Shard, folder: Path):
-    writer.write_shard(builder, shard, folder, _events.put)
+def _work(builder: Builder, number: int, shard: writer.Shard, folder: Path):
+    def progress(event):
+        _counts[number] += 1
+
+    writer.write_shard(builder, shard, folder, progress)
 
 
 def build(
@@ -136,7 +141,7 @@ def build(
     todo = [shard for shard in shards if writer.finished(shard, folder) is None]
     done = len(items) - sum(len(shard.items) for shard in todo)
     context = multiprocessing.get_context("spawn")  # A forked child of a threaded process may hang.
-    events = context.Queue()
+    counts = context.RawArray("l", len(todo))
     bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -146,19 +151,21 @@ def build(
     )
     task = bar.add_task(builder.name, total=len(items), completed=done, rate=0.0)
 
-    def count():
-        while events.get() is not None:
-            finished = bar.tasks[0].completed + 1 - done
-            bar.update(task, advance=1, rate=finished / bar.tasks[0].elapsed)
-
-    counter = threading.Thread(target=count)
-    workers = min(num_workers, len(todo) or 1)
     with bar:
-        counter.start()
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (events,))
+        pool = ProcessPoolExecutor(
+            min(num_workers, len(todo) or 1), context, _start_worker, (counts,)
+        )
         try:
-            for future in [pool.submit(_work, builder, shard, folder) for shard in todo]:
-                future.result()
+            waiting = {
+                pool.submit(_work, builder, number, shard, folder)
+                for number, shard in enumerate(todo)
+            }
+            while waiting:
+                ended, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                rate = sum(counts) / bar.tasks[0].elapsed
+                bar.update(task, completed=done + sum(counts), rate=rate)
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "A worker process died, often for lack of memory. Repeat the command, with a "
@@ -166,8 +173,6 @@ def build(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-            events.put(None)
-            counter.join()
     return writer.finish(builder, shards, folder)
 
 

@@ -34,7 +34,8 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     if robot is None and len(robots) == 1:
         robot = robots[0]
     if robot not in robots:
-        raise ValueError(f"--robot={robot}: {workdir} was trained on actions of {robots}; name one.")
+        raise ValueError(
+            f"--robot={robot}: {workdir} was trained on the actions of {robots}; name one.")
     normalizer, embodiment = assets["normalizers"][robot], assets["embodiments"][robot]
     method = make_method(config, spec)
     params = checkpoint.restore_params(workdir)

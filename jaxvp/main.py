@@ -18,8 +18,9 @@ def main(argv):
     distributed.initialize()
     settings = flags.FLAGS
     config = settings.config
-    file = config_flags.get_config_filename(settings["config"]).split(":")[0]
-    workdir = settings.workdir or pathlib.Path("runs") / pathlib.Path(file).stem
+    file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
+    name = "_".join(filter(None, (pathlib.Path(file).stem, variant)))
+    workdir = settings.workdir or pathlib.Path("runs") / name
     if config.get("embedded") and jax.process_index() == 0:
         build_embedded(config)
     train(config, workdir, settings.dry_run)
@@ -43,7 +44,8 @@ def run():
         "config", None, "A file of configs/; FILE:ARGUMENT chooses one of its variants, "
         "--config.key=value changes a key.")
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py. A run that "
+        "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py, "
+        "runs/NAME_VARIANT for configs/NAME.py:VARIANT. A run that "
         "is there already is continued.")
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
     flags.mark_flag_as_required("config")

@@ -154,7 +154,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.ema_update(state["ema"], params, config.ema, number, trained)
-        numbers = {"loss": value, **parts, "gradient_norm": optax.global_norm(grads),
+        numbers = {"loss": value, **parts, "gradient_norm": optax.tree.norm(grads),
                    "learning_rate": schedule(number)}
         return {"params": params, "ema": ema, "opt_state": opt_state}, numbers
 

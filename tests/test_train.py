@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -41,11 +42,9 @@ def dataset(tmp_path_factory):
 def config_of(dataset, base=pretrain, **changes):
     config = base.get_config()
     for key, value in (SMALL | {"steps": 4} | changes).items():
-        with config.unlocked():
-            target, *rest = (config, *key.split("."))
-            for part in rest[:-1]:
-                target = target[part]
-            target[rest[-1]] = value
+        with config.unlocked(), config.ignore_type():
+            *path, last = key.split(".")
+            functools.reduce(getattr, path, config)[last] = value
     config.data.sources = ({"path": dataset},)
     return config
 
@@ -58,46 +57,58 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(config_file, dataset, workdir, steps):
-    flags = [f"--config.{key}={value}" for key, value in SMALL.items() if key != "embedded"]
-    # A tuple of mappings cannot be a flag; the embedded dataset lies at its default path.
-    return [sys.executable, "-m", "jaxvp.main", f"--config={config_file}", f"--workdir={workdir}",
-            f"--config.steps={steps}", *flags]
+@contextlib.contextmanager
+def command(config, workdir, devices=8):
+    """`python -m jaxvp.main` for a config, in a process that does not outlive the block."""
+    file = workdir.with_suffix(".py")
+    file.write_text("from ml_collections import ConfigDict\n\n\n"
+                    f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    line = [sys.executable, "-m", "jaxvp.main", f"--config={file}", f"--workdir={workdir}"]
+    with subprocess.Popen(line, env={**os.environ, "XLA_FLAGS": flags}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
-    """SIGKILL at some step between two checkpoints; the same length without it in this process."""
-    steps, folder = 10, tmp_path / "here"
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "tabletop").symlink_to(dataset)
-    (folder / "configs").symlink_to(os.path.abspath("configs"))
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    run = command("configs/pretrain.py", dataset, tmp_path / "killed", steps)
-    process = subprocess.Popen(run, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    seen = 0
-    while seen < 4 and time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            seen = len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines())
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    stopped_after = rows(tmp_path / "killed")[-1]["step"]
-    assert 4 <= stopped_after < steps
+    """SIGKILL at some step after a checkpoint, against the same length without it."""
+    killed, straight, steps = tmp_path / "killed", tmp_path / "straight", 60
+    config = config_of(dataset, steps=steps, save_every=10)
 
-    subprocess.run(run, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-    straight = command("configs/pretrain.py", dataset, tmp_path / "straight", steps)
-    subprocess.run(straight, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    def stopped_at():
+        """The step that is saved, the step that is done."""
+        with contextlib.suppress(checkpoint.CheckpointError, FileNotFoundError, IndexError):
+            saved = checkpoint.restore_json(killed, "progress")["step"]
+            return saved, rows(killed)[-1]["step"]
+        return 0, 0
+
+    with command(config, killed) as process:
+        while process.poll() is None:
+            saved, done = stopped_at()
+            if 0 < saved < done:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+    saved, done = stopped_at()
+    assert saved < done < steps
+
+    train.train(config, killed)
+    train.train(config, straight)
     for item in ("params", "ema"):
-        expected = weights(tmp_path / "straight", steps, item)
-        found = weights(tmp_path / "killed", steps, item)
+        expected, found = weights(straight, steps, item), weights(killed, steps, item)
         assert expected.keys() == found.keys()
         for name, leaf in expected.items():
             np.testing.assert_array_equal(found[name], leaf, err_msg=name)
-    a, b = (checkpoint.restore_json(tmp_path / name, "data") for name in ("killed", "straight"))
+    a, b = (checkpoint.restore_json(workdir, "data") for workdir in (killed, straight))
     assert a == b == {"step": steps, "batch_size": 8}
     # The same batches: the losses of every step agree, of those after the restart too.
-    losses = [[(row["step"], row["loss"]) for row in rows(tmp_path / name)]
-              for name in ("killed", "straight")]
+    losses = [[(row["step"], row["loss"]) for row in rows(workdir)]
+              for workdir in (killed, straight)]
     assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
@@ -130,11 +141,9 @@ def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, t
 def test_eight_devices_train_as_one(dataset, tmp_path):
     train.train(config_of(dataset, mesh={"data": 4, "fsdp": 2},
                           rules=((".*/ffn_1/kernel", (None, None, "fsdp")),)), tmp_path / "eight")
-    one = subprocess.run(
-        [sys.executable, "-c", "import sys; from tests.test_train import *; "
-         "train.train(config_of(sys.argv[1]), sys.argv[2])", dataset, tmp_path / "one"],
-        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
+    with command(config_of(dataset), tmp_path / "one", devices=1) as process:
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
     eight, single = (rows(tmp_path / name) for name in ("eight", "one"))
     np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in single], rtol=1e-4)
 

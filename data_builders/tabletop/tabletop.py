@@ -33,6 +33,11 @@ class Builder(builder.Builder):
     image_size: int = option(32, "height and width of every camera, pixels")
     seed: int = option(1_000_000, "of the first episode; evaluations start at 100,000")
     disturbance: float = option(0.01, "noise on the motion, metres per step and axis")
+    wander: float = option(
+        0.01,
+        "error of what is executed, metres per axis, another one every 8 steps; the recorded "
+        "actions are the expert's own, which correct it (DART, arXiv 1703.09327)",
+    )
     background: str = option("seen", "table tops: seen or unseen")
     distractors: str = option("none", "none, seen or unseen")
 
@@ -71,11 +76,15 @@ class Builder(builder.Builder):
         env = self._env(task)
         observation, info = env.reset(seed=seed)
         observations, actions, over = [], [], False
+        rng = np.random.default_rng(seed)
         while not over:
+            if len(actions) % 8 == 0:
+                error = np.zeros((2, 4))
+                error[:, :2] = self.wander * rng.normal(size=(2, 2))
             observations.append(observation)
             action = np.clip(env.expert_action(), env.action_space.low, env.action_space.high)
             actions.append(action)
-            observation, _, success, truncated, info = env.step(action)
+            observation, _, success, truncated, info = env.step(action + error.ravel())
             over = success or truncated
         if not success:
             raise Skip(f"{task}: not successful")

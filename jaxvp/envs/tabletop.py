@@ -13,7 +13,7 @@ from jaxvp.envs import tabletop_render as render
 from jaxvp.envs import tabletop_tasks as tasks
 from jaxvp.envs.tabletop_render import BACKGROUNDS, CAMERAS
 from jaxvp.envs.tabletop_tasks import CORE_TASKS, DISTRACTORS, SEEN_TASKS, UNSEEN_TASKS, Task
-from jaxvp.envs.tabletop_world import HIGH, LOW
+from jaxvp.envs.tabletop_world import HIGH, LOW, MAX_MOVE
 
 __all__ = [
     "ACTION_NAMES",
@@ -124,9 +124,15 @@ class TabletopEnv(gymnasium.Env):
         return self._observe(), float(info["success"]), info["success"], truncated, info
 
     def expert_action(self):
-        """float32[8]: what the scripted expert does now, as absolute waypoints. It looks at the
-        world only, never at the past, so it also recovers from what others did."""
-        return tasks.expert_action(self.task, self.world)
+        """float32[8]: what the scripted expert does now: the next position on the way to its
+        waypoint. It looks at the world only, never at the past, so it also recovers from what
+        others did."""
+        target = tasks.expert_action(self.task, self.world).reshape(2, 4)
+        move = target[:, :3] - self.world.arms[:, :3]
+        distance = np.linalg.norm(move, axis=1, keepdims=True)
+        move *= np.minimum(1, MAX_MOVE / np.maximum(distance, 1e-9))
+        target[:, :3] = self.world.arms[:, :3] + move
+        return target.reshape(8).astype(np.float32)
 
     def flow(self, camera):
         """float32[H, W, 2] pixels (u right, v down): where the surface seen in each pixel of the

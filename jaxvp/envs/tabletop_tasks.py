@@ -95,10 +95,10 @@ def _both(first, second):
 _CORE = (
     Task("lift_tray", "lift the tray with both hands", (("tray", "centre"),)),
     _place("red", "green", "plate"),
-    _place("green", "red", "plate"),
-    _place("blue", "yellow", "bowl"),
 )
 _MORE = (
+    _place("green", "red", "plate"),
+    _place("blue", "yellow", "bowl"),
     _place("yellow", "blue", "bowl"),
     _place("blue", "red", "plate"),
     _place("red", "blue", "bowl"),

@@ -41,10 +41,13 @@ class VideoPolicy:
       features: 'shared' denoises video and action together at one sigma (the paper);
         'noise' takes the features of a single pass at sigma 1 (VPP, arXiv 2412.14803), which
         costs one pass of the video transformer per chunk.
-      sigma, shift: training distribution of noise levels of the video, and its shift; the
-        sampler's schedule has the same shift.
+      sigma, shift: training distribution of noise levels, and its shift for the video; the
+        sampler's schedule has the same shift. action_shift: that of the actions, where they have
+        a sigma of their own, with features 'noise'.
       text_dropout: share of clips whose text is emptied, for guidance.
       action_draws: noise levels per clip in the action loss (they share the video's features).
+      state_dropout: share of clips whose state is hidden from the head in training; a head that
+        always has it learns to go where such a state usually goes, and not to look.
       sampler, video_steps, action_steps, guidance: of `imagine` and `act`.
     """
 
@@ -62,6 +65,8 @@ class VideoPolicy:
     shift: float = 1.0
     text_dropout: float = 0.1
     action_draws: int = 4
+    action_shift: float = 1.0
+    state_dropout: float = 0.0
     sampler: str = "euler"
     video_steps: int = 10
     action_steps: int = 10
@@ -184,8 +189,9 @@ class VideoPolicy:
             return self._action_velocity(
                 params, actions, jnp.full(actions.shape[:2], sigma), memory, state)
 
-        solve, schedule = SAMPLERS[self.sampler], sigmas(self.action_steps, self.shift)
+        solve = SAMPLERS[self.sampler]
         if self.features == "noise":
+            schedule = sigmas(self.action_steps, self.action_shift)
             _, features = self._video(params, first, video, jnp.ones(len(video)), text)
             memory = self._memory(params, features)
             return solve(lambda x, sigma: head(x, sigma, memory), actions, schedule)[:, 0]
@@ -194,6 +200,7 @@ class VideoPolicy:
             v, features = self._guided_velocity(params, first, x[0], sigma, text, empty)
             return v, head(x[1], sigma, self._memory(params, features))
 
+        schedule = sigmas(self.action_steps, self.shift)
         return solve(velocity, (video, actions), schedule)[1][:, 0]
 
     # Inside.
@@ -237,15 +244,18 @@ class VideoPolicy:
 
     def _action_loss(self, params, clip, key, sigma, features):
         draws = 1 if self.features == "shared" else self.action_draws
-        noise_key, sigma_key = jax.random.split(key)
+        noise_key, sigma_key, state_key = jax.random.split(key, 3)
         actions = clip["action"][:, None]
         noise = jax.random.normal(noise_key, (len(actions), draws, *actions.shape[2:]))
         if self.features == "shared":
             sigma = sigma[:, None]
         else:
-            sigma = flow.sample_sigma(sigma_key, (len(actions), draws), self.sigma, self.shift)
+            shape = len(actions), draws
+            sigma = flow.sample_sigma(sigma_key, shape, self.sigma, self.action_shift)
         noisy = flow.interpolate(actions, noise, sigma)
         state = clip["state"] * clip["state_mask"]
+        hidden = jax.random.bernoulli(state_key, self.state_dropout, (len(state), 1))
+        state = jnp.where(hidden, 0.0, state)
         memory = self._memory(params, features)
         velocity = self._action_velocity(params, noisy, sigma, memory, state)
         mask = jnp.broadcast_to(clip["action_mask"][:, None], velocity.shape)

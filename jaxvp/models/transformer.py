@@ -14,7 +14,7 @@ from jaxvp.models.module import Linear
 
 
 def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
-    """Sinusoidal embedding, cosines first then sines, float32[..., width]; timestep in [0, 1000]."""
+    """Embedding of a timestep in [0, 1000]: cosines, then sines; float32[..., width]."""
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(width // 2) / (width // 2))
     angles = timestep[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

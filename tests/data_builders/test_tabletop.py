@@ -52,7 +52,7 @@ def test_metadata(built):
     assert episodes.robots() == (tabletop.ROBOT,) and episodes.has_action.all()
     assert set(episodes.fps) == {10.0}
     assert episodes.names["action"][:2] == ("left_x", "left_y")
-    assert episodes.units["action"][3] == "0 closed..1 open" and episodes.units["state"][0] == "m"
+    assert episodes.units["action"][3] == "0 closed .. 1 open" and episodes.units["state"][0] == "m"
     assert episodes.text("camera_layout", 0) == "head,left_wrist,right_wrist"
     report = json.loads((folder / "build_report.json").read_text())
     assert report["kept"] == 8 and report["options"]["image_size"] == 16

@@ -101,7 +101,7 @@ def test_grasp_carry_and_drop():
 
 
 def test_no_grasp_from_afar_or_by_a_closed_gripper():
-    world = block_world(0.05)
+    world = block_world(0.07)
     drive(world, state((-0.2, 0, 0.04, 0)), 3)
     assert world.held == [None, None]
     drive(world, state((-0.15, 0, 0.04, 0)), 3)

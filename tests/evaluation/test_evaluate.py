@@ -72,13 +72,15 @@ def test_episodes_do_not_depend_on_num_envs(bundle, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("policy, rate", [("expert", 1), ("replay", 1), ("random", 0)])
 def test_baselines(tmp_path, policy, rate):
-    found = run(policy=policy, tasks=("0", "9"), trials=2, videos=0, out=str(tmp_path / "out"))
+    found = run(policy=policy, suite="tabletop_all", tasks=("0", "9"), trials=2, videos=0,
+                out=str(tmp_path / "out"))
     assert found["success_rate"] == rate and found["bundle"] is None
     assert not (tmp_path / "out" / "videos").exists() and found["latency"] is None
 
 
 def test_dry_run(bundle):
-    done = command(f"--bundle={bundle}", "--dry_run", "--tasks=hand_over_blue")
+    done = command(f"--bundle={bundle}", "--dry_run", "--suite=tabletop_all",
+                   "--tasks=hand_over_blue")
     assert done.returncode == 0, done.stderr
     assert "10 hand_over_blue: hand the blue block to the right plate" in done.stdout
     assert "max_steps" in done.stdout
@@ -103,7 +105,7 @@ def test_command_says_what_is_wrong(flags, message):
     ({"trials": 0}, "--trials must be at least 1, found 0"),
     ({"num_envs": 0}, "--num_envs must be at least 1"),
     ({"videos": -1}, "--videos must be at least 0"),
-    ({"tasks": ["4"]}, "no task 4, the numbers are 0 to 3"),
+    ({"tasks": ["2"]}, "no task 2, the numbers are 0 to 1"),
     ({"tasks": ["lift_trai"]}, "--tasks: there is no 'lift_trai'; did you mean 'lift_tray'"),
     ({"tasks": ["-1"]}, "--tasks: there is no '-1'"),
 ])

@@ -41,20 +41,24 @@ def observation_of(clip):
 @functools.cache
 def parameters(method):
     """Random everywhere, the output layers (zero at first) too."""
-    leaves, tree = jax.tree.flatten(jax.jit(method.init)(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
+                        jax.eval_shape(method.init, jax.random.key(0)))
+
+
+@functools.cache
+def start():
+    return jax.jit(METHOD.init)(jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def gradient(method, stage, params, clip, key):
-    return jax.grad(lambda p: method.loss(p, clip, key, stage)[0])(params)
+def loss_and_gradient(method, stage, params, clip, key):
+    return jax.value_and_grad(lambda p: method.loss(p, clip, key, stage), has_aux=True)(params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def loss(method, stage, params, clip, key):
-    return method.loss(params, clip, key, stage)
+@functools.partial(jax.jit, static_argnums=0)
+def act(method, params, observation, keys):
+    return method.act(params, observation, keys)
 
 
 def size(tree):
@@ -63,20 +67,21 @@ def size(tree):
 
 @pytest.mark.parametrize("method", [METHOD, SHARED], ids=["noise", "shared"])
 def test_action_loss_never_reaches_the_video_transformer(method):
-    grads = gradient(method, "action", parameters(method), make_clip(), jax.random.key(2))
+    _, grads = loss_and_gradient(
+        method, "action", parameters(method), make_clip(), jax.random.key(2))
     assert size(grads["video"]) == 0 and size(grads["text"]) == 0 and size(grads["action"]) > 0
 
 
 def test_video_stage_trains_video_and_text_only():
-    grads = gradient(METHOD, "video", parameters(METHOD), make_clip(), jax.random.key(2))
+    _, grads = loss_and_gradient(
+        METHOD, "video", parameters(METHOD), make_clip(), jax.random.key(2))
     assert size(grads["video"]) > 0 and size(grads["text"]) > 0 and size(grads["action"]) == 0
 
 
 def test_joint_trains_everything_and_adds_the_losses():
-    clip, key = make_clip(), jax.random.key(2)
-    grads = gradient(METHOD, "joint", parameters(METHOD), clip, key)
+    (total, metrics), grads = loss_and_gradient(
+        METHOD, "joint", parameters(METHOD), make_clip(), jax.random.key(2))
     assert all(size(grads[part]) > 0 for part in ("video", "text", "action"))
-    total, metrics = loss(METHOD, "joint", parameters(METHOD), clip, key)
     assert total == pytest.approx(float(sum(metrics.values())))
     assert set(metrics) == {"video_loss", "action_loss"}
 
@@ -92,24 +97,29 @@ def test_masked_frames_and_actions_do_not_count():
     clip, key = make_clip(), jax.random.key(3)
     clip["frame_mask"][:, 2:] = False
     clip["action_mask"][:, 2:] = False
-    base_loss = loss(METHOD, "joint", parameters(METHOD), clip, key)[1]
-    # Noise predictions at other places see the changed ones, so only the last layer is free of
-    # them: at initialisation the prediction does not depend on the input at all.
-    start = jax.jit(METHOD.init)(jax.random.key(0))
-    before = loss(METHOD, "joint", start, clip, key)[1]
+
+    def losses():
+        # The predictions for what counts see the noisy rest, but not at initialisation, where
+        # they do not depend on the input at all.
+        return loss_and_gradient(METHOD, "joint", start(), clip, key)[0][1]
+
+    before = losses()
     clip["video"][:, :, 2] = 255 - clip["video"][:, :, 2]
     clip["action"][:, 2:] *= -1
-    after = loss(METHOD, "joint", start, clip, key)[1]
-    assert before["video_loss"] == pytest.approx(float(after["video_loss"]), rel=1e-5)
-    assert before["action_loss"] == pytest.approx(float(after["action_loss"]), rel=1e-5)
-    assert base_loss["video_loss"] > 0
+    after = losses()
+    for name in ("video_loss", "action_loss"):
+        assert before[name] == pytest.approx(float(after[name]), rel=1e-5) and before[name] > 0
+    clip["video"][:, :, 1] = 255 - clip["video"][:, :, 1]
+    clip["action"][:, :2] += 0.5
+    changed = losses()
+    for name in ("video_loss", "action_loss"):
+        assert abs(changed[name] - after[name]) > 1e-3
 
 
 def test_residual_prediction_starts_as_the_copy_of_the_first_frame():
     observation = observation_of(make_clip())
-    params = jax.jit(METHOD.init)(jax.random.key(0))
     method = dataclasses.replace(METHOD, video_steps=8)
-    video = jax.jit(method.imagine)(params, observation, jax.random.split(jax.random.key(5), 2))
+    video = jax.jit(method.imagine)(start(), observation, jax.random.split(jax.random.key(5), 2))
     assert video.shape == (2, 3, 24, 16, 3) and video.dtype == jnp.uint8
     np.testing.assert_array_equal(video[:, 1], video[:, 0])
     np.testing.assert_array_equal(video[:, 0, :16], observation["video"][:, 0, 0])
@@ -119,25 +129,24 @@ def test_residual_prediction_starts_as_the_copy_of_the_first_frame():
 def test_a_row_depends_on_its_own_key_only(method):
     params, observation = parameters(method), observation_of(make_clip(3))
     keys = jax.random.split(jax.random.key(7), 3)
-    act = jax.jit(method.act)
-    actions = act(params, observation, keys)
+    actions = act(method, params, observation, keys)
     assert actions.shape == (3, 4, 2) and actions.dtype == jnp.float32
     turned = {k: v[::-1] for k, v in observation.items()}
-    np.testing.assert_allclose(act(params, turned, keys[::-1])[::-1], actions, atol=1e-5)
-    other = act(params, observation, keys.at[0].set(jax.random.key(9)))
+    np.testing.assert_allclose(act(method, params, turned, keys[::-1])[::-1], actions, atol=1e-5)
+    other = act(method, params, observation, keys.at[0].set(jax.random.key(9)))
     assert jnp.abs(other[0] - actions[0]).max() > 1e-4
     np.testing.assert_allclose(other[1:], actions[1:], atol=1e-5)
 
 
 def test_state_that_is_masked_is_not_seen():
-    params, observation = parameters(METHOD), observation_of(make_clip())
-    keys, act = jax.random.split(jax.random.key(7), 2), jax.jit(METHOD.act)
-    seen = act(params, observation, keys)
-    observation["state_mask"] = np.zeros((2, 2), bool)
-    hidden = act(params, observation, keys)
+    params, observation = parameters(METHOD), observation_of(make_clip(3))
+    keys = jax.random.split(jax.random.key(7), 3)
+    seen = act(METHOD, params, observation, keys)
+    observation["state_mask"] = np.zeros((3, 2), bool)
+    hidden = act(METHOD, params, observation, keys)
     observation["state"] = observation["state"] + 1
     assert jnp.abs(seen - hidden).max() > 1e-4
-    np.testing.assert_array_equal(act(params, observation, keys), hidden)
+    np.testing.assert_array_equal(act(METHOD, params, observation, keys), hidden)
 
 
 def test_bad_settings_are_named():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,16 @@ HEAD = ActionHead(chunk=4, action_size=3, state_size=2, feature_width=8, taps=2,
                   heads=2)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(head, params, actions, sigma, features, state):
+    memory = head.memory(params, features, (1, 2, 3))
+    return head(params, actions, sigma, memory, state)
+
+
 @pytest.fixture(scope="module")
 def setup():
     keys = jax.random.split(jax.random.key(0), 6)
-    params = HEAD.init(keys[0])
+    params = jax.jit(HEAD.init)(keys[0])
     shape = params["head"]["out"]["kernel"].shape
     params["head"]["out"]["kernel"] = jax.random.normal(keys[1], shape)
     features = [jax.random.normal(k, (2, 6, 8)) for k in jax.random.split(keys[2])]
@@ -23,17 +31,16 @@ def setup():
 
 def test_chunks_of_one_sample_are_independent(setup):
     params, features, actions, sigma, state = setup
-    memory = HEAD.memory(params, features, (1, 2, 3))
-    together = HEAD(params, actions, sigma, memory, state)
+    together = run(HEAD, params, actions, sigma, features, state)
     assert together.shape == actions.shape
-    alone = HEAD(params, actions[:, 2:3], sigma[:, 2:3], memory, state)
+    alone = run(HEAD, params, actions[:, 2:3], sigma[:, 2:3], features, state)
     np.testing.assert_allclose(together[:, 2:3], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["features", "sigma", "state", "place"])
 def test_every_input_matters(setup, which):
     params, features, actions, sigma, state = setup
-    base = HEAD(params, actions, sigma, HEAD.memory(params, features, (1, 2, 3)), state)
+    base = run(HEAD, params, actions, sigma, features, state)
     if which == "features":
         features = [features[0], -features[1]]
     elif which == "place":  # the same features elsewhere: rotary distances could not tell
@@ -42,16 +49,16 @@ def test_every_input_matters(setup, which):
         sigma = 1 - sigma
     else:
         state = -state
-    other = HEAD(params, actions, sigma, HEAD.memory(params, features, (1, 2, 3)), state)
+    other = run(HEAD, params, actions, sigma, features, state)
     assert jnp.abs(base - other).max() > 1e-3
 
 
 def test_no_state_input(setup):
     _, features, actions, sigma, _ = setup
     head = ActionHead(**{**HEAD.__dict__, "state_size": 0})
-    params = head.init(jax.random.key(0))
+    params = jax.jit(head.init)(jax.random.key(0))
     assert "state_1" not in params["stem"]
-    out = head(params, actions, sigma, head.memory(params, features, (1, 2, 3)), None)
+    out = run(head, params, actions, sigma, features, None)
     assert out.shape == actions.shape
 
 

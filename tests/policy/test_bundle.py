@@ -38,7 +38,7 @@ def edit(path, **changes):
 
 def test_round_trip(written, loaded):
     assert loaded.manifest.method == "toy" and loaded.manifest.format_version == 1
-    assert loaded.manifest.dimensions("action")[3] == "left_gripper [0 closed..1 open]"
+    assert loaded.manifest.dimensions("action")[3] == "left_gripper [0 closed .. 1 open]"
     assert loaded.manifest.normalizer.mode == "min_max"
     np.testing.assert_array_equal(loaded.params["linear"]["w"], toy_bundle.PARAMS["linear"]["w"])
     assert sorted(p.name for p in written.iterdir()) == [
