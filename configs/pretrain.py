@@ -28,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "head": {"width": 128, "layers": 3, "heads": 4},
             "taps": (1, 3),
             "shift": 3.0,
+            "video_steps": 2,  # The future is nearly determined here: more steps add grain.
             "action_draws": 2,
             "state_dropout": 0.3,
         },

@@ -75,7 +75,7 @@ def command(config, workdir, devices=8):
 
 def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
     """SIGKILL at some step after a checkpoint, against the same length without it."""
-    killed, straight, steps = tmp_path / "killed", tmp_path / "straight", 60
+    killed, straight, steps = tmp_path / "killed", tmp_path / "straight", 40
     config = config_of(dataset, steps=steps, save_every=10)
 
     def stopped_at():

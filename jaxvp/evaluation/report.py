@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import jinja2
 import numpy as np
 
@@ -107,6 +109,7 @@ def results(protocol: Protocol, rows: Sequence[Mapping], **about) -> dict:
         "tasks": tasks,
         **about,
         "protocol": protocol.to_dict(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].device_kind}",
         "versions": versions(),
         "episodes": rows,
     }

@@ -14,8 +14,8 @@ from jaxvp.envs import tabletop
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(builder, folder of its dataset)"""
-    builder = Builder(episodes=8, image_size=16, val_fraction=0.3)
+    """(builder, folder of its dataset); the arms do what the recorded actions say."""
+    builder = Builder(episodes=8, image_size=16, val_fraction=0.3, wander=0.0)
     items = builder.items()
     incomplete = writer.open_folder(builder, items, tmp_path_factory.mktemp("tabletop"))
     shards = writer.plan_shards(builder, items)
@@ -73,6 +73,16 @@ def test_an_episode_is_a_function_of_its_item():
     assert first["observation"]["head"] == second["observation"]["head"]
     other = builder.build((item[0], item[1] + 1))[0]["steps"]
     assert not np.array_equal(first["observation"]["state"], other["observation"]["state"])
+
+
+def test_arms_wander_and_the_recorded_actions_do_not():
+    item = ("red_on_plate", 7)
+    straight, wandering = (Builder(image_size=16, wander=wander).build(item)[0]["steps"]
+                           for wander in (0.0, 0.01))
+    states = [steps["observation"]["state"] for steps in (straight, wandering)]
+    np.testing.assert_array_equal(states[0][0], states[1][0])
+    np.testing.assert_array_equal(straight["action"][0], wandering["action"][0])
+    assert 1e-4 < np.abs(states[0][1] - states[1][1]).max() < 0.05
 
 
 def test_failed_episodes_are_left_out():

@@ -76,7 +76,8 @@ def write(tmp_path, protocol, rows, **changes):
 def test_report(tmp_path, protocol, rows):
     found, page = write(tmp_path, protocol, rows)
     assert set(found) == {"success_rate", "interval", "tasks", "policy", "bundle", "seed",
-                          "num_envs", "wall_time_s", "latency", "protocol", "versions", "episodes"}
+                          "num_envs", "wall_time_s", "latency", "protocol", "versions", "hardware",
+                          "episodes"}
     videos = re.findall(r'<video src="([^"]+)"', page)
     assert len(videos) == 2 * report.VIDEOS_ON_PAGE
     assert videos[:2] == ["videos/lift_tray/5.mp4", "videos/lift_tray/0.mp4"]  # failures first
