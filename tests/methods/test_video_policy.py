@@ -156,3 +156,15 @@ def test_bad_settings_are_named():
         VideoPolicy(spec=SPEC, layout="bimanual", **{**SIZES, "video": dict(widht=16)})
     with pytest.raises(ValueError, match="did you mean 'video_policy'"):
         base.get("video_polcy")
+
+
+def test_state_dropout_hides_the_state():
+    """Dropped for every clip, the state reaches the loss through nothing."""
+    method = dataclasses.replace(METHOD, state_dropout=1.0)
+    params, clip, key = parameters(METHOD), make_clip(), jax.random.key(2)
+    (hidden, _), grads = loss_and_gradient(method, "action", params, clip, key)
+    assert size(grads["action"]["stem"]["state_1"]["kernel"]) == 0
+    (seen, _), _ = loss_and_gradient(METHOD, "action", params, clip, key)
+    assert hidden != pytest.approx(float(seen))
+    clip["state"] = clip["state"] + 1
+    assert loss_and_gradient(method, "action", params, clip, key)[0][0] == hidden
