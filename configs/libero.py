@@ -30,11 +30,11 @@ def get_config() -> ConfigDict:
         "num_threads": 1,
     }
     config.optimizer.learning_rate = 1e-3
-    config.steps = 240
+    config.steps = 160
     config.batch_size = 16
     config.optimizer.warmup_steps = 24
-    config.validate_every = 120
+    config.validate_every = 80
     config.validation_batches = 2
-    config.sample_every = 240
-    config.save_every = 120
+    config.sample_every = 160
+    config.save_every = 80
     return config

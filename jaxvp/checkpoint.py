@@ -100,7 +100,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
         """Keeps the newest `keep` checkpoints and the one with the lowest validation metric."""
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = epath.Path(workdir).resolve() / "checkpoints"  # Orbax insists.
         unfinished = [path.name for path in self.directory.glob("*.orbax-checkpoint-tmp*")]
         for name in sorted(unfinished):
             distributed.note(f"Step {name.split('.')[0]} in {self.directory} was not fully "
@@ -188,14 +188,14 @@ def find_step(path: epath.PathLike) -> epath.Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = epath.Path(path)
+    given, path = path, epath.Path(path).resolve()
     if (path / "params").exists():
         return path
     for folder in (path / "checkpoints", path):
         if folder.exists() and (steps := ocp.path.step.checkpoint_steps(folder)):
             return folder / str(max(steps))
     found = "an empty workdir" if path.exists() else "nothing"
-    raise CheckpointError(f"No checkpoint in {path}: expected a workdir with checkpoints/<step>, "
+    raise CheckpointError(f"No checkpoint in {given}: expected a workdir with checkpoints/<step>, "
                           f"or such a step folder, found {found}.")
 
 

@@ -170,6 +170,16 @@ def test_nan_stops_the_run_and_saves_nothing_bad(dataset, tmp_path):
         assert all(np.isfinite(x).all() for x in weights(tmp_path, step).values())
 
 
+def test_relative_workdirs(dataset, tmp_path, monkeypatch):
+    """The default workdir is relative, and so is what the README passes on."""
+    monkeypatch.chdir(tmp_path)
+    train.train(config_of(dataset, steps=2), "video")
+    train.train(config_of(dataset, steps=2, init_from="video"), "again")
+    assert checkpoint.restore_json("again", "progress")["step"] == 2
+    assert weights(tmp_path / "again", 2).keys() == named_leaves(
+        checkpoint.restore_params("again")).keys()
+
+
 def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
     train.train(config_of(dataset), tmp_path / "run", dry_run=True)
     assert "parameters trained" in capsys.readouterr().out
