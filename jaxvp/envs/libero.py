@@ -34,7 +34,7 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # Ours to L
 ROTATIONS = {"180": np.s_[::-1, ::-1], "flip": np.s_[::-1], "none": np.s_[:]}
 FPS = 20
 ROBOT = "libero_panda"
-CAMERA_TEXT = "a camera facing the robot and a wrist camera"
+CAMERA_TEXT = "front and wrist camera"
 STATE_NAMES = (
     *(f"eef_{axis} [m]" for axis in "xyz"),
     *(f"eef_axis_angle_{axis} [rad]" for axis in "xyz"),
