@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 SECONDS=0
 step() { echo; echo "== $1 (after $((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 python=.venv/bin/python
-# Huge pages for what XLA allocates anew in every step: a fifth less time on a CPU.
+# Huge pages for what XLA allocates anew in every step: the kernel hands out fewer of them.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 step "Install"

@@ -153,7 +153,7 @@ class Episodes:
         if info.file_format.value != "array_record":
             raise ValueError(
                 f"{self.folder} is {info.file_format.value}: random access needs array_record. "
-                "Convert it (reference/datasets.md 0.3 copies records without re-encoding)."
+                "Convert it: copy its records into ArrayRecord files, they need no re-encoding."
             )
         self._read_features(info.features)
         self._files = [Path(file) for file in info.splits[split].filepaths]
