@@ -1,5 +1,6 @@
 """The training loop: mesh, data, state, step, checkpoint, evaluate; readable top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -217,7 +218,9 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
             running = None
             metrics.check_finite(step, window[-1])
 
-    with jax.set_mesh(mesh), jax.transfer_guard("disallow"), writer:
+    # Closing the checkpoints waits for those that are being written, also when the run fails.
+    with (jax.set_mesh(mesh), jax.transfer_guard("disallow"), writer,
+          contextlib.closing(checkpoints)):
         for step in range(start.step + 1, config.steps + 1):
             clip = sharding.global_batch(mesh, next(batches))
             following, numbers = update(state, clip, put(step - 1))
@@ -244,7 +247,6 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
                 distributed.note(f"Stopped by a signal after step {step}; it is saved.")
                 break
         checkpoints.wait()
-    checkpoints.close()
 
 
 def observe(clip: Mapping) -> dict:
