@@ -148,8 +148,8 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
     def update(state, clip, number):
         def loss(params):
-            key = jax.random.fold_in(root, number + 1)
-            return method.loss(optim.stop_frozen(params, trained), clip, key, config.stage)
+            keys = jax.random.split(jax.random.fold_in(root, number + 1), config.batch_size)
+            return method.loss(optim.stop_frozen(params, trained), clip, keys, config.stage)
 
         (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
@@ -161,7 +161,8 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def score(params, clip, number):
-        loss, parts = method.loss(params, clip, jax.random.fold_in(root, number), config.stage)
+        keys = jax.random.split(jax.random.fold_in(root, number), config.batch_size)
+        loss, parts = method.loss(params, clip, keys, config.stage)
         return {"loss": loss, **parts}
 
     @functools.partial(jax.jit, out_shardings=everywhere)

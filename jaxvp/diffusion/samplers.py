@@ -1,24 +1,38 @@
-"""Solvers of dx/dsigma = velocity(x, sigma), from noise at sigma 1 to data at 0."""
+"""Solvers of dx/dsigma = velocity(x, sigma), from noise at sigma 1 to data at 0.
+
+Each is `sampler(velocity, x, schedule) -> x at the schedule's end`: `x` is any pytree of noise,
+`velocity(x, sigma)` returns what x is made of, `sigma` is a float32 scalar.
+"""
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxvp.diffusion.flow_matching import shift_sigma
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, sigma scalar) -> like x; pytrees too
 
+NOISE = 1.0  # The schedule's first level,
+LAST = 1e-3  # and the one at which a step more than there are would begin: Wan's last timestep.
 
-def sigmas(steps: int, shift: float = 1.0) -> jax.Array:
-    """The schedule from 1 to 0, float32[steps + 1], shifted as in training."""
+
+def sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
+    """The schedule from 1 to 0, float32[steps + 1], shifted as in training.
+
+    The flow schedule of diffusers' UniPCMultistepScheduler: evenly spaced towards 1/1000, then 0.
+
+    Raises:
+      ValueError: there is no step to make.
+    """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, got {steps}")
-    return shift_sigma(jnp.linspace(1.0, 0.0, steps + 1), shift)
+    levels = shift_sigma(np.linspace(NOISE, LAST, steps + 1)[:-1], shift)
+    return np.append(levels, 0.0).astype(np.float32)
 
 
-def euler(velocity: Velocity, x: jax.Array, schedule: jax.Array) -> jax.Array:
-    """First-order steps through `schedule`; `x` is any pytree of noise."""
+def euler(velocity: Velocity, x: jax.Array, schedule: np.ndarray) -> jax.Array:
+    """First-order steps through `schedule`."""
 
     def step(x, pair):
         now, after = pair
@@ -28,7 +42,7 @@ def euler(velocity: Velocity, x: jax.Array, schedule: jax.Array) -> jax.Array:
     return jax.lax.scan(step, x, (schedule[:-1], schedule[1:]))[0]
 
 
-def heun(velocity: Velocity, x: jax.Array, schedule: jax.Array) -> jax.Array:
+def heun(velocity: Velocity, x: jax.Array, schedule: np.ndarray) -> jax.Array:
     """Second-order (trapezoid) steps; the last one, into sigma 0, is an Euler step."""
 
     def step(x, pair):
@@ -42,7 +56,71 @@ def heun(velocity: Velocity, x: jax.Array, schedule: jax.Array) -> jax.Array:
     return euler(velocity, x, schedule[-2:])
 
 
-SAMPLERS = {"euler": euler, "heun": heun}
+def unipc(velocity: Velocity, x: jax.Array, schedule: np.ndarray) -> jax.Array:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (arXiv 2302.04867), Wan's sampler.
+
+    It predicts data, m = x - sigma * velocity, and costs one velocity a step: the one that a
+    prediction is corrected with also makes the next prediction. `schedule` is a NumPy array, not
+    traced.
+    """
+    correct, predict = _unipc_coefficients(np.asarray(schedule))
+
+    def weighted(weights, *trees):
+        return jax.tree.map(lambda *leaves: sum(w * a for w, a in zip(weights, leaves, strict=True)),
+                            *trees)
+
+    def step(carry, row):
+        x, last, m1, m2 = carry
+        sigma, correct, predict = row
+        m = jax.tree.map(lambda a, v: a - sigma * v, x, velocity(x, sigma))
+        last = weighted(correct, last, m1, m2, m)
+        return (weighted(predict, last, m, m1), last, m, m1), None
+
+    nothing = jax.tree.map(jax.numpy.zeros_like, x)
+    rows = schedule[:-1], correct, predict
+    return jax.lax.scan(step, (x, x, nothing, nothing), rows)[0][0]
+
+
+def _unipc_coefficients(schedule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of every step, float32.
+
+    [steps, 4] of (last corrected x, m1, m2, m) in the corrected x, where m1 and m2 are the data as
+    predicted one and two steps before, and [steps, 3] of (corrected x, m, m1) in the next x.
+    """
+    steps = len(schedule) - 1
+    # As diffusers does: at 1 the log-SNR is infinite and the second step would be of order 1.
+    sigma = np.minimum(schedule, np.float32(1 - 1e-6)).astype(np.float64)
+    alpha = 1 - sigma
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alpha) - np.log(sigma)
+    correct, predict = np.zeros((steps, 4)), np.zeros((steps, 3))
+    correct[0, 0] = 1  # The noise is as it is.
+    order = 1
+    for i in range(steps):
+        if i:  # From i - 1 to i once more, now with m, at the order of the prediction.
+            h = log_snr[i] - log_snr[i - 1]
+            phi = alpha[i] * np.expm1(-h)
+            correct[i, :2] = sigma[i] / sigma[i - 1], -phi
+            if order == 1:
+                slope, curve = 0.5, 0.0
+            else:
+                r = (log_snr[i - 2] - log_snr[i - 1]) / h
+                moment = np.expm1(-h) / -h - 1
+                moments = np.array([moment, 2 * (moment / -h - 0.5)]) / np.expm1(-h)
+                curve, slope = np.linalg.solve([[1, 1], [r, 1]], moments)
+                curve /= r
+            correct[i] += -phi * np.array([0, -slope - curve, curve, slope])
+        order = min(2, i + 1, steps - i)
+        h = log_snr[i + 1] - log_snr[i]
+        phi = alpha[i + 1] * np.expm1(-h)
+        predict[i, :2] = sigma[i + 1] / sigma[i], -phi
+        if order == 2:
+            r = (log_snr[i - 1] - log_snr[i]) / h
+            predict[i] += -phi * 0.5 / r * np.array([0, -1, 1])
+    return correct.astype(np.float32), predict.astype(np.float32)
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "unipc": unipc}
 
 
 def guided(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:

@@ -15,7 +15,7 @@ class Method(Protocol):
     """A published system. `clip` is the dict of DESIGN's Clip, `params` a nested dict.
 
     An observation is a Clip with one frame and no action keys; `keys` is one PRNG key a row, so
-    that a row's result does not depend on the batch that it is computed in.
+    that a row's loss and result do not depend on the batch that they are computed in.
     """
 
     spec: ClipSpec
@@ -28,7 +28,7 @@ class Method(Protocol):
     def frozen(self, stage: str) -> tuple[str, ...]:
         """Regexes of the parameter paths that this stage does not train."""
 
-    def loss(self, params: dict, clip: dict, key: jax.Array,
+    def loss(self, params: dict, clip: dict, keys: jax.Array,
              stage: str) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Scalar loss and scalar metrics, means over the batch."""
 

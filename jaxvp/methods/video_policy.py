@@ -130,19 +130,18 @@ class VideoPolicy:
             raise ValueError(f"config.stage={stage!r}: video_policy has stages {self.stages}")
         return {"video": ("action/.*",), "action": ("video/.*", "text/.*"), "joint": ()}[stage]
 
-    def loss(self, params, clip, key, stage):
-        keys = jax.random.split(key, 4)
+    def loss(self, params, clip, keys, stage):
+        noise_keys, sigma_keys, text_keys, action_keys = _split(keys, 4)
         data = self.codec.encode(self._canvas(clip["video"], clip["view_mask"]))
         batch = data.shape[0]
-        noise = jax.random.normal(keys[0], data.shape)
+        noise = _rows(noise_keys, data.shape[1:])
         if stage == "action" and self.features == "noise":
             sigma = jnp.ones(batch)
         else:
-            sigma = flow.sample_sigma(keys[1], (batch,), self.sigma, self.shift)
+            sigma = self._sigma(sigma_keys, (), self.shift)
         text = clip["text"]
         if stage != "action":
-            drop = jax.random.bernoulli(keys[2], self.text_dropout, (batch, 1))
-            text = jnp.where(drop, 0, text)
+            text = jnp.where(_drop(text_keys, self.text_dropout), 0, text)
         text = self.text_encoder(params["text"], text)
 
         noisy = flow.interpolate(data, noise, sigma)
@@ -162,7 +161,7 @@ class VideoPolicy:
             if stage == "joint" and self.features == "noise":
                 noisy, sigma = noise, jnp.ones(batch)
                 _, features = self._video(params, data[:, :1], noisy, sigma, text)
-            metrics["action_loss"] = self._action_loss(params, clip, keys[3], sigma, features)
+            metrics["action_loss"] = self._action_loss(params, clip, action_keys, sigma, features)
             loss = loss + metrics["action_loss"]
         return loss, metrics
 
@@ -180,9 +179,9 @@ class VideoPolicy:
 
     def act(self, params, observation, keys):
         first, text, empty = self._observe(params, observation)
-        keys = jax.vmap(jax.random.split)(keys)
-        video = _rows(keys[:, 0], self.latent_shape)
-        actions = _rows(keys[:, 1], (1, self.spec.chunk, self.spec.action_size))
+        video_keys, action_keys = _split(keys, 2)
+        video = _rows(video_keys, self.latent_shape)
+        actions = _rows(action_keys, (1, self.spec.chunk, self.spec.action_size))
         state = observation["state"] * observation["state_mask"]
 
         def head(actions, sigma, memory):
@@ -204,6 +203,9 @@ class VideoPolicy:
         return solve(velocity, (video, actions), schedule)[1][:, 0]
 
     # Inside.
+
+    def _sigma(self, keys, shape, shift):
+        return jax.vmap(lambda key: flow.sample_sigma(key, shape, self.sigma, shift))(keys)
 
     def _canvas(self, video, view_mask):
         return canvas(video, view_mask, LAYOUTS[self.layout])
@@ -242,25 +244,33 @@ class VideoPolicy:
         clean = self.action_head(params["action"], noisy, sigma, memory, state)
         return flow.velocity_from_data(noisy, clean, sigma)
 
-    def _action_loss(self, params, clip, key, sigma, features):
+    def _action_loss(self, params, clip, keys, sigma, features):
         draws = 1 if self.features == "shared" else self.action_draws
-        noise_key, sigma_key, state_key = jax.random.split(key, 3)
+        noise_keys, sigma_keys, state_keys = _split(keys, 3)
         actions = clip["action"][:, None]
-        noise = jax.random.normal(noise_key, (len(actions), draws, *actions.shape[2:]))
+        noise = _rows(noise_keys, (draws, *actions.shape[2:]))
         if self.features == "shared":
             sigma = sigma[:, None]
         else:
-            shape = len(actions), draws
-            sigma = flow.sample_sigma(sigma_key, shape, self.sigma, self.action_shift)
+            sigma = self._sigma(sigma_keys, (draws,), self.action_shift)
         noisy = flow.interpolate(actions, noise, sigma)
         state = clip["state"] * clip["state_mask"]
-        hidden = jax.random.bernoulli(state_key, self.state_dropout, (len(state), 1))
-        state = jnp.where(hidden, 0.0, state)
+        state = jnp.where(_drop(state_keys, self.state_dropout), 0.0, state)
         memory = self._memory(params, features)
         velocity = self._action_velocity(params, noisy, sigma, memory, state)
         mask = jnp.broadcast_to(clip["action_mask"][:, None], velocity.shape)
         error = velocity - flow.velocity_from_data(noisy, actions, sigma)
         return flow.masked_mse(error, mask).mean()
+
+
+def _split(keys: jax.Array, number: int) -> jax.Array:
+    """Keys [number, B] from one key a row."""
+    return jax.vmap(lambda key: jax.random.split(key, number), out_axes=1)(keys)
+
+
+def _drop(keys: jax.Array, rate: float) -> jax.Array:
+    """bool[B, 1]: which rows to hide something of."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, rate, (1,)))(keys)
 
 
 def _rows(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -53,7 +53,8 @@ def start():
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def loss_and_gradient(method, stage, params, clip, key):
-    return jax.value_and_grad(lambda p: method.loss(p, clip, key, stage), has_aux=True)(params)
+    keys = jax.random.split(key, len(clip["text"]))
+    return jax.value_and_grad(lambda p: method.loss(p, clip, keys, stage), has_aux=True)(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
