@@ -24,7 +24,8 @@ from jaxvp.data import mixture, observation
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.normalize import Normalizer
 from jaxvp.evaluation.video_quality import psnr, ssim
-from jaxvp.train import TrainConfig, make_method, observe
+from jaxvp.step import TrainConfig, make_method
+from jaxvp.train import observe
 
 
 def main():

@@ -1,1 +1,1 @@
-"""One file per training run; `get_config()` returns the fields of `jaxvp.train.TrainConfig`."""
+"""One file per training run; `get_config()` returns the fields of `jaxvp.step.TrainConfig`."""

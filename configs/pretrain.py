@@ -1,25 +1,45 @@
-"""Video pretraining on the embedded tabletop.
+"""Video pretraining.
 
-    python -m jaxvp.main --config=configs/pretrain.py
+    python -m jaxvp.main --config=configs/pretrain.py                # the embedded tabletop
     python -m jaxvp.main --config=configs/pretrain.py:all
+    python -m jaxvp.main --config=configs/pretrain.py:wan-5b --config.pretrained.video=WAN \
+        --config.pretrained.codec=WAN_VAE
 
-The default has two tasks, `lift_tray` (both arms) and `red_on_plate`, and is cut to what two CPU
-cores learn in minutes: time and numbers are in the README, measured by launch/local.sh. `all` has
-the 13 seen tasks and six times the steps; it has not been run to its end, so it has no number.
+`tabletop`, the default, has two tasks, `lift_tray` (both arms) and `red_on_plate`, and is cut to
+what two CPU cores learn in minutes: time and numbers are in the README, measured by
+launch/local.sh. `all` has the 13 seen tasks and four times the steps.
+
+`wan-1.3b`, `wan-5b` and `wan-14b` continue Wan's video pretraining on robot video, with Vidar's
+mixture (arXiv 2507.12898; sizes of its sources as in Vidarc, arXiv 2512.17661): three views on one
+canvas, 17 frames at 8 per second, learning rate and warm-up of Vidar. Texts are embedded
+beforehand with `python -m jaxvp.data.text_embeddings`. What they cost where is computed, not
+measured: `python -m jaxvp.plan`, tables in benchmarks/results.
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = {
+TABLETOP = {
     "": {"path": "data/tabletop", "tasks": ("core",), "episodes": 1000, "steps": 1400},
-    "all": {"path": "data/tabletop_all", "tasks": ("seen",), "episodes": 6500, "steps": 8400},
+    "all": {"path": "data/tabletop_all", "tasks": ("seen",), "episodes": 6500, "steps": 5600},
+}
+TABLETOP["tabletop"] = TABLETOP[""]
+# Codec version; clips in a batch: for 256 chips, so many tokens each that the network keeps up.
+WAN = {
+    "wan-1.3b": {"version": "2.1", "batch_size": 512},
+    "wan-5b": {"version": "2.2", "batch_size": 2048},
+    "wan-14b": {"version": "2.1", "batch_size": 512},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/pretrain.py:{variant}: variants are {sorted(VARIANTS)}.")
-    chosen = VARIANTS[variant]
+    if variant in WAN:
+        return wan(variant, **WAN[variant])
+    if variant in TABLETOP:
+        return tabletop(**TABLETOP[variant])
+    raise ValueError(f"configs/pretrain.py:{variant}: variants are {sorted({*TABLETOP, *WAN})}.")
+
+
+def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> ConfigDict:
     return ConfigDict({
         "method": {
             "name": "video_policy",
@@ -35,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "stage": "video",
         "execution_horizon": 4,
         "data": {
-            "sources": ({"path": chosen["path"]},),
+            "sources": ({"path": path},),
             "num_frames": 4,
             "fps": 2.5,
             "chunk": 12,
@@ -43,16 +63,64 @@ def get_config(variant: str = "") -> ConfigDict:
             "text_length": 96,
             "num_threads": 1,
         },
-        "embedded": {
-            "episodes": chosen["episodes"], "tasks": chosen["tasks"], "image_size": 32},
+        "embedded": {"episodes": episodes, "tasks": tasks, "image_size": 32},
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 70, "weight_decay": 0.01,
                       "final": 0.02},
-        "steps": chosen["steps"],
+        "steps": steps,
         "batch_size": 32,
         "ema": 0.995,
         "log_every": 25,
         "validate_every": 250,
         "validation_batches": 4,
         "sample_every": 500,
+        "save_every": 500,
+    })
+
+
+def wan(size: str, version: str, batch_size: int) -> ConfigDict:
+    return ConfigDict({
+        "method": {
+            "name": "video_policy",
+            "video": {"size": size, "dtype": "bfloat16", "remat": "full"},
+            "codec": {"name": "wan", "version": version, "dtype": "bfloat16", "streaming": False},
+            "head": {"width": 512, "layers": 8, "heads": 8},
+            "taps": (9, 19),
+            "text_tokens": 512,
+            "prediction": "velocity",
+            "sigma": "uniform",
+            "shift": 5.0,
+            "sampler": "unipc",
+            "video_steps": 50,
+            "guidance": 5.0,
+        },
+        "stage": "video",
+        "execution_horizon": 8,
+        "data": {
+            # Steps of Vidar's sources: proportional to the number of clips.
+            "sources": (
+                {"path": "data/agibot", "weight": 728.0},
+                {"path": "data/egodex", "weight": 231.0},
+                {"path": "data/robomind", "weight": 17.0},
+                {"path": "data/rdt", "weight": 6.0},
+            ),
+            "num_frames": 17,
+            "fps": 8.0,
+            "chunk": 16,
+            "image_size": 256,
+            "text_length": 128,
+            "text_embeddings": "data/text_embeddings",
+            "action_size": 16,
+            "state_size": 16,
+            "num_threads": 16,
+        },
+        "mesh": {"data": 1, "fsdp": -1},
+        "optimizer": {"learning_rate": 2e-5, "schedule": "constant", "warmup_steps": 200,
+                      "weight_decay": 0.1},
+        "steps": 10_000,
+        "batch_size": batch_size,
+        "ema": 0.999,
+        "log_every": 20,
+        "validate_every": 500,
+        "sample_every": 1000,
         "save_every": 500,
     })

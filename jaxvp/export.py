@@ -14,8 +14,9 @@ from etils import epath
 from jaxvp import checkpoint
 from jaxvp import config as config_lib
 from jaxvp.data.clips import ClipSpec
+from jaxvp.models import attention
 from jaxvp.policy import bundle
-from jaxvp.train import TrainConfig, make_method
+from jaxvp.step import TrainConfig, make_method
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -44,7 +45,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     row = {
         "video": ((views, 1, spec.height, spec.width, 3), np.uint8),
         "view_mask": ((views,), np.bool_),
-        "text": ((spec.text_length,), np.int32),
+        "text": spec.text,
         "state": ((spec.state_size,), np.float32),
         "state_mask": ((spec.state_size,), np.bool_),
     }
@@ -56,7 +57,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     def exported(function):
         def call(params, seen, keys):
             return function(params, seen, jax.random.wrap_key_data(keys))
-        return jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys).serialize()
+        with attention.portable():
+            program = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys)
+        return program.serialize()
 
     options = embodiment["options"]
     manifest = {

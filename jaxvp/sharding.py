@@ -4,11 +4,14 @@ Axes, slowest network first: `data` replicates parameters, `fsdp` shards paramet
 `context` shards tokens, `tensor` shards widths. XLA adds the communication (axis type Auto).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +19,8 @@ from jaxvp import rules
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
+
+_replica = contextvars.ContextVar("replica", default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,21 +42,31 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of all devices with the axes AXES; make it current with `jax.set_mesh`.
 
+    Devices of several TPU slices, whose network is the slow one, are told apart by `data` alone.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices; names the nearest that do.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of
+        the slices; names the nearest that do.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = dataclasses.astuple(config)
     fixed = math.prod(size for size in sizes if size != -1)
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
-    if math.prod(shape) != len(devices):
+    if math.prod(shape) != len(devices) or shape[0] % slices:
         def distance(other):
             pairs = zip(sizes, other, strict=True)
             return sum(abs(math.log(b / a)) for a, b in pairs if a != -1)
-        nearest = min(_factorizations(len(devices), len(AXES)), key=distance)
+        fitting = (s for s in _factorizations(len(devices), len(AXES)) if s[0] % slices == 0)
+        several = f" in {slices} slices, of which data is a multiple" if slices > 1 else ""
         raise ValueError(f"config.mesh is {_show(sizes)}, which does not fit {len(devices)} "
-                         f"devices. Nearest that does: {_show(nearest)}.")
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+                         f"devices{several}. Nearest that does: {_show(min(fitting, key=distance))}.")
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    inside = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state: dict,
@@ -97,7 +112,32 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
     """`x` laid out as `spec` on the current mesh; `x` itself where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, present(*spec))
+
+
+def present(*spec) -> P:
+    """`spec` without what the current mesh does not split: axes of size 1, and inside of
+    `one_replica` the axis `data`."""
+    shape = jax.sharding.get_abstract_mesh().shape
+
+    def split(axis):
+        return shape.get(axis, 1) > 1 and not (axis == "data" and _replica.get())
+
+    kept = []
+    for entry in spec:
+        axes = tuple(filter(split, (entry,) if isinstance(entry, str) else entry or ()))
+        kept.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return P(*kept)
+
+
+@contextlib.contextmanager
+def one_replica():
+    """While tracing: the arrays belong to one of the `data` replicas, `vmap` maps over them."""
+    token = _replica.set(True)
+    try:
+        yield
+    finally:
+        _replica.reset(token)
 
 
 def global_batch(mesh: jax.sharding.Mesh, host_batch):

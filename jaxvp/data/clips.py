@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from jaxvp.data import observation
 from jaxvp.data.normalize import Normalizer
 from jaxvp.data.rlds import BadImage, Episodes, Record, decode_image
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.data.text_embeddings import COMMAND, TextEmbeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class ClipSpec:
       text_length: M.
       action_size, state_size: A and S, the largest of the mixture; smaller ones are padded and
         masked.
+      text_width: D of embedded text; 0: text is bytes.
     """
 
     cameras: tuple[str, ...]
@@ -36,6 +39,14 @@ class ClipSpec:
     text_length: int
     action_size: int
     state_size: int
+    text_width: int = 0
+
+    @property
+    def text(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of a clip's text: int32[M] tokens, or their bfloat16[M, D] embedding."""
+        if self.text_width:
+            return (self.text_length, self.text_width), np.dtype(ml_dtypes.bfloat16)
+        return (self.text_length,), np.dtype(np.int32)
 
 
 class Clips:
@@ -57,6 +68,7 @@ class Clips:
         source: int,
         normalizers: Mapping[str, Normalizer],
         cameras: Mapping[str, str | None] | None = None,
+        embeddings: TextEmbeddings | None = None,
         max_bad_records: int = 10,
     ):
         """Prepares the clips of `episodes`.
@@ -68,11 +80,12 @@ class Clips:
           normalizers: of every robot in the data.
           cameras: view to the dataset's name for it, None for a view that the dataset lacks; by
             default the names are the same.
+          embeddings: of the texts, when the spec has a text_width.
           max_bad_records: more records with unreadable images than this stop the run.
 
         Raises:
-          ValueError: a camera or a normalizer is missing, or the dataset has fewer frames per
-            second than the clip.
+          ValueError: a camera, a normalizer or the embeddings of the texts are missing, or the
+            dataset has fewer frames per second than the clip.
         """
         self.episodes, self.spec, self._source = episodes, spec, source
         self.normalizers, self._max_bad_records = normalizers, max_bad_records
@@ -88,7 +101,7 @@ class Clips:
                 "lower data.fps."
             )
         self._ends = np.cumsum(episodes.lengths, dtype=np.int64)
-        self._tokens = functools.lru_cache(maxsize=4096)(ByteTokenizer(spec.text_length).encode)
+        self._text = self._text_reader(embeddings)
         self.bad_records: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -124,7 +137,7 @@ class Clips:
             "video": self._video(steps, np.minimum(frames, last), view_mask),
             "view_mask": view_mask,
             "frame_mask": frames <= last,
-            "text": self._tokens(observation.describe(robot, camera_text, instruction)),
+            "text": self._text(observation.describe(robot, camera_text, instruction)),
             "source": np.int32(self._source),
         }
         times = step + np.arange(spec.chunk)
@@ -184,6 +197,20 @@ class Clips:
                 "None for a view that it lacks."
             )
         return cameras
+
+    def _text_reader(self, embeddings: TextEmbeddings | None) -> Callable[[str], np.ndarray]:
+        """The function that turns a unified text into the clip's array."""
+        spec = self.spec
+        if not spec.text_width:
+            return functools.lru_cache(maxsize=4096)(ByteTokenizer(spec.text_length).encode)
+        if embeddings.width != spec.text_width:
+            raise ValueError(f"{embeddings.folder} has embeddings of width {embeddings.width}, "
+                             f"data.text_width is {spec.text_width}: set it to the former.")
+        if self.episodes.digest not in embeddings.datasets:
+            raise ValueError(
+                f"{embeddings.folder} lacks texts of {self.episodes.folder} {self.episodes.split}: "
+                f"add them with `{COMMAND.format(folder=embeddings.folder)}`.")
+        return functools.partial(embeddings.lookup, length=spec.text_length)
 
     def _count_bad(self, record: int, message: str):
         with self._lock:

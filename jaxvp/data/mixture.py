@@ -21,6 +21,7 @@ from jaxvp.data.clips import Clips, ClipSpec
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.data.rlds import Episodes, cached
+from jaxvp.data.text_embeddings import TextEmbeddings
 
 # Quantiles come from at most about this many steps of a robot, evenly spaced.
 MAX_STATISTICS_STEPS = 2_000_000
@@ -61,7 +62,9 @@ class DataConfig:
       image_size: H = W, or (H, W), of every view.
       cameras: the V views; default: those of the layout.
       layout: a name in `observation.LAYOUTS`.
-      text_length: M, the longest text in bytes.
+      text_length: M, the longest text in bytes, or in tokens of the embeddings (Wan: 512).
+      text_embeddings: a folder that `jaxvp.data.text_embeddings` made; "": text is bytes.
+      text_width: D of the embeddings.
       normalization: "min_max" or "quantile".
       action_size, state_size: A and S; 0: the largest of the sources. Set them when the data lacks
         a column that a later stage trains.
@@ -79,6 +82,8 @@ class DataConfig:
     cameras: tuple[str, ...] = ()
     layout: str = "bimanual"
     text_length: int = 256
+    text_embeddings: str = ""
+    text_width: int = 4096
     normalization: str = "min_max"
     action_size: int = 0
     state_size: int = 0
@@ -96,7 +101,7 @@ class DataConfig:
             raise ValueError(
                 f"data.normalization is {self.normalization!r}; there are {normalize.MODES}."
             )
-        for name in ("num_frames", "chunk", "fps", "text_length"):
+        for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"data.{name} must be positive, found {getattr(self, name)}.")
         sources = list(self.sources)
@@ -281,16 +286,18 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
     return result
 
 
-def _clips(
-    config: DataConfig,
-    splits: Mapping[int, str],
-    normalizers: Mapping[str, Normalizer] | None,
-) -> dict[int, Clips]:
-    """The clips of the sources whose numbers are in `splits`."""
-    normalizers = statistics(config) if normalizers is None else normalizers
+def clip_spec(
+    config: DataConfig, normalizers: Mapping[str, Normalizer] | None = None
+) -> ClipSpec:
+    """The shape of the clips; reads no data: A and S are the config's when there is no normalizer.
+
+    Raises:
+      ValueError: the config's A or S is smaller than a robot's.
+    """
+    normalizers = normalizers or {}
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    spec = ClipSpec(
+    return ClipSpec(
         cameras=config.cameras,
         num_frames=config.num_frames,
         fps=config.fps,
@@ -298,9 +305,21 @@ def _clips(
         height=height,
         width=width,
         text_length=config.text_length,
+        text_width=config.text_width if config.text_embeddings else 0,
         action_size=_size(config.action_size, "action", normalizers),
         state_size=_size(config.state_size, "state", normalizers),
     )
+
+
+def _clips(
+    config: DataConfig,
+    splits: Mapping[int, str],
+    normalizers: Mapping[str, Normalizer] | None,
+) -> dict[int, Clips]:
+    """The clips of the sources whose numbers are in `splits`."""
+    normalizers = statistics(config) if normalizers is None else normalizers
+    spec = clip_spec(config, normalizers)
+    embeddings = TextEmbeddings(config.text_embeddings) if config.text_embeddings else None
     cache_bytes = config.cache_bytes // len(splits)
     return {
         number: Clips(
@@ -309,6 +328,7 @@ def _clips(
             source=number,
             normalizers=normalizers,
             cameras=config.sources[number].cameras,
+            embeddings=embeddings,
             max_bad_records=config.max_bad_records,
         )
         for number, split in splits.items()

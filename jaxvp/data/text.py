@@ -1,6 +1,9 @@
-"""Text as bytes: a tokenizer that needs no vocabulary file."""
+"""Text as tokens: bytes, which need no vocabulary file, or the pieces that Wan's encoder reads."""
 
 import dataclasses
+import functools
+import html
+from pathlib import Path
 
 import numpy as np
 
@@ -43,3 +46,76 @@ class ByteTokenizer:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= 256:
             raise ValueError(f"Tokens must be in 0..256, found {tokens.min()}..{tokens.max()}.")
         return bytes((tokens[tokens > 0] - 1).astype(np.uint8)).decode("utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """Text as UMT5 reads it in Wan: `clean`, sentencepiece, then </s>, and 0 for padding.
+
+    Attributes:
+      path: the sentencepiece model, such as spiece.model of google/umt5-xxl.
+      length: M, the number of tokens of every text, </s> included.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it is no model of T5's kind.
+    """
+
+    path: str | Path
+    length: int = 512
+
+    def __post_init__(self):
+        _ = self._model  # A wrong file fails here.
+
+    @functools.cached_property
+    def _model(self):
+        try:
+            import sentencepiece  # Only those who have Wan's text encoder need it.
+        except ImportError as error:
+            raise ImportError(f"{self.path} needs `pip install jaxvp[wan]`: {error}.") from error
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(
+                f"No tokenizer at {self.path}: it is the file spiece.model of google/umt5-xxl, "
+                "also in the `tokenizer` folder of Wan's releases.")
+        model = sentencepiece.SentencePieceProcessor()
+        try:
+            model.LoadFromFile(str(self.path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.path} is not a sentencepiece model: {error}.") from error
+        if (model.pad_id(), model.eos_id()) != (0, 1):
+            raise ValueError(
+                f"{self.path} pads with {model.pad_id()} and ends with {model.eos_id()}; T5's "
+                "tokenizers pad with 0 and end with 1: take spiece.model of google/umt5-xxl.")
+        return model
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        """`text` as int32[M], padded with 0.
+
+        Raises:
+          ValueError: the text has more than M tokens; a text that is cut may be another task.
+        """
+        pieces = [*self._model.encode(clean(text)), 1]
+        if len(pieces) > self.length:
+            raise ValueError(
+                f"The text has {len(pieces)} tokens, the tokenizer's length is {self.length}: "
+                f"shorten it. The text: {text!r}.")
+        tokens = np.zeros(self.length, np.int32)
+        tokens[: len(pieces)] = pieces
+        return tokens
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The cleaned text of int32[M] tokens."""
+        return self._model.decode([int(token) for token in tokens if token > 1])
+
+
+def clean(text: str) -> str:
+    """Text as Wan cleans it: broken Unicode and HTML mended, runs of white space one space.
+
+    Wan 2.1, wan/modules/tokenizers.py, `clean="whitespace"`; diffusers' `prompt_clean`.
+    """
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

@@ -7,14 +7,12 @@ Each is `sampler(velocity, x, schedule) -> x at the schedule's end`: `x` is any 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvp.diffusion.flow_matching import shift_sigma
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, sigma scalar) -> like x; pytrees too
-
-NOISE = 1.0  # The schedule's first level,
-LAST = 1e-3  # and the one at which a step more than there are would begin: Wan's last timestep.
 
 
 def sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
@@ -27,7 +25,7 @@ def sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, got {steps}")
-    levels = shift_sigma(np.linspace(NOISE, LAST, steps + 1)[:-1], shift)
+    levels = shift_sigma(np.linspace(1.0, 1e-3, steps + 1)[:-1], shift)
     return np.append(levels, 0.0).astype(np.float32)
 
 
@@ -66,8 +64,10 @@ def unipc(velocity: Velocity, x: jax.Array, schedule: np.ndarray) -> jax.Array:
     correct, predict = _unipc_coefficients(np.asarray(schedule))
 
     def weighted(weights, *trees):
-        return jax.tree.map(lambda *leaves: sum(w * a for w, a in zip(weights, leaves, strict=True)),
-                            *trees)
+        def add(*leaves):
+            return sum(w * leaf for w, leaf in zip(weights, leaves, strict=True))
+
+        return jax.tree.map(add, *trees)
 
     def step(carry, row):
         x, last, m1, m2 = carry
@@ -76,7 +76,7 @@ def unipc(velocity: Velocity, x: jax.Array, schedule: np.ndarray) -> jax.Array:
         last = weighted(correct, last, m1, m2, m)
         return (weighted(predict, last, m, m1), last, m, m1), None
 
-    nothing = jax.tree.map(jax.numpy.zeros_like, x)
+    nothing = jax.tree.map(jnp.zeros_like, x)
     rows = schedule[:-1], correct, predict
     return jax.lax.scan(step, (x, x, nothing, nothing), rows)[0][0]
 

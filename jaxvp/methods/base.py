@@ -21,9 +21,17 @@ class Method(Protocol):
     spec: ClipSpec
     layout: str
     stages: tuple[str, ...]
+    sharding_rules: tuple  # Ordered (regex of a parameter's name, partition spec).
 
     def init(self, key: jax.Array) -> dict:
         """All parameters, float32."""
+
+    def load(self, part: str, path: str, abstract: dict) -> tuple[dict, object]:
+        """Pretrained weights of `params[part]`, which `abstract` has the shapes and places of, and
+        a report of what was found.
+
+        Raises ValueError for a part of which there are none.
+        """
 
     def frozen(self, stage: str) -> tuple[str, ...]:
         """Regexes of the parameter paths that this stage does not train."""

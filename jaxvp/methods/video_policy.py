@@ -20,9 +20,13 @@ from jaxvp.data.observation import LAYOUTS, canvas
 from jaxvp.diffusion import flow_matching as flow
 from jaxvp.diffusion.samplers import SAMPLERS, guided, sigmas
 from jaxvp.models.action_head import ActionHead
-from jaxvp.models.autoencoder import PixelCodec
+from jaxvp.models.autoencoder import Codec, PixelCodec
 from jaxvp.models.text_encoder import ByteTextEncoder
-from jaxvp.models.transformer import VideoTransformer
+from jaxvp.models.transformer import WAN_RULES, VideoTransformer, resolve_size
+from jaxvp.models.wan_vae import WanVAE
+from jaxvp.weights import wan, wan_vae
+
+CODECS = {"pixel": PixelCodec, "wan": WanVAE}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable by identity: static under jit
@@ -31,9 +35,11 @@ class VideoPolicy:
 
     Attributes:
       spec: sizes of the clips; layout: a name in `observation.LAYOUTS`.
-      video, text, head: sizes of VideoTransformer, ByteTextEncoder and ActionHead (what follows
-        from the data and from each other is filled in).
-      patch: pixels per side of a PixelCodec patch.
+      video, text, head: sizes of VideoTransformer (or `size`, the name of one), ByteTextEncoder
+        and ActionHead; what follows from the data and from each other is filled in. Clips whose
+        text is embedded already need no text encoder.
+      text_tokens: embedded texts are padded with zeros to so many tokens; Wan was trained on 512.
+      codec: "name", in CODECS, and the options of that codec, which is never trained.
       taps: blocks of the video transformer that the head sees.
       proprioception: whether the head gets the state.
       prediction: 'velocity' (Wan), or 'residual': the network predicts how the clean video
@@ -54,9 +60,10 @@ class VideoPolicy:
     spec: ClipSpec
     layout: str
     video: Mapping
-    text: Mapping
     head: Mapping
-    patch: int = 4
+    text: Mapping = dataclasses.field(default_factory=dict)
+    text_tokens: int = 0
+    codec: Mapping = dataclasses.field(default_factory=lambda: {"name": "pixel"})
     taps: tuple[int, ...] = (2, 4)
     proprioception: bool = True
     prediction: str = "residual"
@@ -73,6 +80,7 @@ class VideoPolicy:
     guidance: float = 1.0
 
     stages = ("video", "action", "joint")
+    sharding_rules = tuple((f"video/{regex}", spec) for regex, spec in WAN_RULES)
 
     def __post_init__(self):
         for name, value, choices in (("prediction", self.prediction, ("velocity", "residual")),
@@ -85,8 +93,12 @@ class VideoPolicy:
     # Parts.
 
     @functools.cached_property
-    def codec(self) -> PixelCodec:
-        return PixelCodec(self.patch)
+    def video_codec(self) -> Codec:
+        options = dict(self.codec)
+        name = options.pop("name", None)
+        if name not in CODECS:
+            raise ValueError(f"config.method.codec.name={name!r}: expected one of {tuple(CODECS)}")
+        return build(CODECS[name], options, "config.method.codec")
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -94,7 +106,7 @@ class VideoPolicy:
         size = (1, len(s.cameras), s.num_frames, s.height, s.width, 3)
         frame = jax.eval_shape(self._canvas, jax.ShapeDtypeStruct(size, jnp.uint8),
                                jax.ShapeDtypeStruct(size[:2], bool))
-        return self.codec.latent_shape(*frame.shape[1:4])
+        return self.video_codec.latent_shape(*frame.shape[1:4])
 
     @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -107,8 +119,8 @@ class VideoPolicy:
 
     @functools.cached_property
     def transformer(self) -> VideoTransformer:
-        sizes = {**self.video, "channels": self.codec.channels,
-                 "text_width": self.text_encoder.width}
+        sizes = {**resolve_size(self.video), "channels": self.video_codec.channels,
+                 "text_width": self.spec.text_width or self.text_encoder.width}
         return build(VideoTransformer, sizes, "config.method.video")
 
     @functools.cached_property
@@ -122,17 +134,29 @@ class VideoPolicy:
 
     def init(self, key: jax.Array) -> dict:
         text, video, action = jax.random.split(key, 3)
-        return {"text": self.text_encoder.init(text), "video": self.transformer.init(video),
-                "action": self.action_head.init(action)}
+        params = {"video": self.transformer.init(video), "action": self.action_head.init(action),
+                  "text": {} if self.spec.text_width else self.text_encoder.init(text),
+                  "codec": self.video_codec.init(jax.random.fold_in(key, 3))}
+        return {part: values for part, values in params.items() if values}
 
     def frozen(self, stage: str) -> tuple[str, ...]:
         if stage not in self.stages:
             raise ValueError(f"config.stage={stage!r}: video_policy has stages {self.stages}")
-        return {"video": ("action/.*",), "action": ("video/.*", "text/.*"), "joint": ()}[stage]
+        frozen = {"video": {"action"}, "action": {"video", "text"}, "joint": set()}[stage]
+        parts = jax.eval_shape(self.init, jax.random.key(0))
+        return tuple(f"{part}/.*" for part in sorted(parts) if part in frozen | {"codec"})
+
+    def load(self, part, path, abstract):
+        if part == "video":
+            return wan.load(path, self.transformer, abstract)
+        if part == "codec" and isinstance(self.video_codec, WanVAE):
+            return wan_vae.load(path, self.video_codec, abstract)
+        raise ValueError(f"config.pretrained.{part}: there are weights of 'video', and of 'codec' "
+                         "where that is 'wan'.")
 
     def loss(self, params, clip, keys, stage):
         noise_keys, sigma_keys, text_keys, action_keys = _split(keys, 4)
-        data = self.codec.encode(self._canvas(clip["video"], clip["view_mask"]))
+        data = self._encode(params, clip)
         batch = data.shape[0]
         noise = _rows(noise_keys, data.shape[1:])
         if stage == "action" and self.features == "noise":
@@ -141,11 +165,13 @@ class VideoPolicy:
             sigma = self._sigma(sigma_keys, (), self.shift)
         text = clip["text"]
         if stage != "action":
-            text = jnp.where(_drop(text_keys, self.text_dropout), 0, text)
-        text = self.text_encoder(params["text"], text)
+            dropped = _drop(text_keys, self.text_dropout)
+            text = jnp.where(dropped.reshape(batch, *[1] * (text.ndim - 1)), 0, text)
+        text = self._text(params, text)
 
         noisy = flow.interpolate(data, noise, sigma)
-        prediction, features = self._video(params, data[:, :1], noisy, sigma, text)
+        prediction, features = self._video(
+            params, data[:, :1], noisy, sigma, text, velocity=stage != "action")
         if stage == "action":
             features = jax.lax.stop_gradient(features)
         loss, metrics = 0.0, {}
@@ -154,13 +180,13 @@ class VideoPolicy:
             error = prediction - (noise - data)
             if self.prediction == "residual":
                 error = flow.velocity_from_data(data, self._clean(data, prediction), sigma)
-            mask = clip["frame_mask"].at[:, 0].set(False)
+            mask = self._latent_mask(clip["frame_mask"]).at[:, 0].set(False)
             metrics["video_loss"] = flow.masked_mse(error, mask).mean()
             loss = loss + metrics["video_loss"]
         if stage != "video":
             if stage == "joint" and self.features == "noise":
                 noisy, sigma = noise, jnp.ones(batch)
-                _, features = self._video(params, data[:, :1], noisy, sigma, text)
+                _, features = self._video(params, data[:, :1], noisy, sigma, text, velocity=False)
             metrics["action_loss"] = self._action_loss(params, clip, action_keys, sigma, features)
             loss = loss + metrics["action_loss"]
         return loss, metrics
@@ -175,7 +201,7 @@ class VideoPolicy:
 
         schedule = sigmas(self.video_steps, self.shift)
         latents = SAMPLERS[self.sampler](velocity, noise, schedule)
-        return self.codec.decode(latents.at[:, :1].set(first))
+        return self.video_codec.decode(params.get("codec", {}), latents.at[:, :1].set(first))
 
     def act(self, params, observation, keys):
         first, text, empty = self._observe(params, observation)
@@ -191,7 +217,8 @@ class VideoPolicy:
         solve = SAMPLERS[self.sampler]
         if self.features == "noise":
             schedule = sigmas(self.action_steps, self.action_shift)
-            _, features = self._video(params, first, video, jnp.ones(len(video)), text)
+            level = jnp.ones(len(video))
+            _, features = self._video(params, first, video, level, text, velocity=False)
             memory = self._memory(params, features)
             return solve(lambda x, sigma: head(x, sigma, memory), actions, schedule)[:, 0]
 
@@ -210,17 +237,35 @@ class VideoPolicy:
     def _canvas(self, video, view_mask):
         return canvas(video, view_mask, LAYOUTS[self.layout])
 
+    def _encode(self, params, clip):
+        video = self._canvas(clip["video"], clip["view_mask"])
+        return jax.lax.stop_gradient(self.video_codec.encode(params.get("codec", {}), video))
+
+    def _text(self, params, text):
+        if self.spec.text_width:
+            missing = max(0, self.text_tokens - self.spec.text_length)
+            return jnp.pad(text.astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
+        return self.text_encoder(params["text"], text)
+
+    def _latent_mask(self, frame_mask):
+        """bool[B, T] of frames -> bool[B, t] of latent frames, of which each frame must count."""
+        first, t = self.video_codec.first_frames, self.latent_shape[0]
+        if t == frame_mask.shape[1]:
+            return frame_mask
+        rest = frame_mask[:, first:].reshape(len(frame_mask), t - 1, -1)
+        return jnp.concatenate([frame_mask[:, :first].all(1, keepdims=True), rest.all(2)], axis=1)
+
     def _observe(self, params, observation):
-        first = self.codec.encode(self._canvas(observation["video"], observation["view_mask"]))
-        text = self.text_encoder(params["text"], observation["text"])
-        empty = self.text_encoder(params["text"], jnp.zeros_like(observation["text"]))
+        first = self._encode(params, observation)
+        text = self._text(params, observation["text"])
+        empty = self._text(params, jnp.zeros_like(observation["text"]))
         return first, text, empty
 
-    def _video(self, params, first, noisy, sigma, text):
+    def _video(self, params, first, noisy, sigma, text, velocity=True):
         """Network output and tapped features; the first frame is clean, at timestep 0 (TI2V)."""
         noisy = jnp.concatenate([first, noisy[:, 1:]], axis=1)
         timestep = jnp.repeat(1000.0 * sigma[:, None], noisy.shape[1], axis=1).at[:, 0].set(0.0)
-        out, features = self.transformer(params["video"], noisy, timestep, text, self.taps)
+        out, features = self.transformer(params["video"], noisy, timestep, text, self.taps, velocity)
         return out, [features[tap] for tap in self.taps]
 
     def _clean(self, data, prediction):

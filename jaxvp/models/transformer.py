@@ -1,22 +1,100 @@
 """The video transformer: Wan-shaped (arXiv 2503.20314; Wan 2.2 for per-token timesteps)."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+import numpy as np
+from einops import rearrange
 from flax import nnx
+from jax import checkpoint_policies as policies
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxvp import rules, sharding
 from jaxvp.models import module
 from jaxvp.models.attention import Attention, rope_table
 from jaxvp.models.module import Linear
 
+# Wan 2.1 T2V 1.3B and 14B (wan/configs/wan_t2v_*.py of Wan-Video/Wan2.1), which Wan 2.2 A14B
+# shares, and Wan 2.2 TI2V 5B (wan/configs/wan_ti2v_5B.py of Wan-Video/Wan2.2). The last is the
+# shape that benchmarks/step.py times on a CPU.
+SIZES = {
+    "wan-1.3b": {"channels": 16, "width": 1536, "layers": 30, "heads": 12, "ffn": 8960,
+                 "text_width": 4096},
+    "wan-14b": {"channels": 16, "width": 5120, "layers": 40, "heads": 40, "ffn": 13824,
+                "text_width": 4096},
+    "wan-5b": {"channels": 48, "width": 3072, "layers": 30, "heads": 24, "ffn": 14336,
+               "text_width": 4096},
+    "wan-7m": {"channels": 16, "width": 256, "layers": 6, "heads": 4, "ffn": 1024,
+               "text_width": 128},
+}
+
+# Where parameters lie: ordered (regex of the name, spec). Over `tensor`, columns before and rows
+# behind attention and feed-forward layer (Megatron-LM, arXiv 1909.08053); over `fsdp`, the other
+# dimension. What no rule names is small, and replicated.
+WAN_RULES = (
+    ("blocks/attn[12]/to_[qkv]/kernel", (None, "fsdp", "tensor")),
+    ("blocks/attn[12]/to_[qkv]/bias", (None, "tensor")),
+    ("blocks/attn[12]/norm_[qk]/scale", (None, "tensor")),
+    ("blocks/attn[12]/to_out/kernel", (None, "tensor", "fsdp")),
+    ("blocks/ffn_1/kernel", (None, "fsdp", "tensor")),
+    ("blocks/ffn_1/bias", (None, "tensor")),
+    ("blocks/ffn_2/kernel", (None, "tensor", "fsdp")),
+    ("stem/(text_1|time_1|time_proj)/kernel", ("fsdp", "tensor")),
+    ("stem/(text_1|time_1|time_proj)/bias", ("tensor",)),
+    ("stem/(text_2|time_2)/kernel", ("tensor", "fsdp")),
+    ("stem/patch_embedding/kernel", (None, "fsdp")),
+    ("head/proj_out/kernel", ("fsdp", None)),
+)
+
+_ATTENTION = policies.save_only_these_names("attention")
+
+# What a block keeps for its backward pass, beside its input; the rest is computed again.
+REMAT = {
+    "full": policies.nothing_saveable,
+    "attention": _ATTENTION,
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["block_input"],
+        offload_src="device", offload_dst="pinned_host"),
+}
+
+
+def resolve_size(options: Mapping) -> dict:
+    """Fields of a VideoTransformer, where `size`, a name in SIZES, stands for some of them.
+
+    The other options override those of the size. Raises ValueError for a size that there is not.
+    """
+    options = dict(options)
+    size = options.pop("size", None)
+    if size is not None and size not in SIZES:
+        raise ValueError(f"video transformer size {size!r} does not exist: choose one of "
+                         f"{', '.join(SIZES)}.")
+    return {**SIZES.get(size, {}), **options}
+
+
+def patchify(latents: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """[B, t, h, w, c] -> tokens [B, N, i*j*k*c], channel last inside a patch of (i, j, k)."""
+    i, j, k = patch
+    return rearrange(latents, "b (t i) (h j) (w k) c -> b (t h w) (i j k c)", i=i, j=j, k=k)
+
+
+def unpatchify(tokens: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
+               ) -> jax.Array:
+    """The inverse of `patchify`; `grid` is the number of patches in t, h and w."""
+    (t, h, w), (i, j, k) = grid, patch
+    return rearrange(tokens, "b (t h w) (i j k c) -> b (t i) (h j) (w k) c",
+                     t=t, h=h, w=w, i=i, j=j, k=k)
+
 
 def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
     """Embedding of a timestep in [0, 1000]: cosines, then sines; float32[..., width]."""
-    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(width // 2) / (width // 2))
-    angles = timestep[..., None].astype(jnp.float32) * frequencies
+    frequencies = 10_000.0 ** -(np.arange(width // 2) / (width // 2))  # In float64, as Wan.
+    angles = timestep[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -25,11 +103,6 @@ def layer_norm(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-
-
-def expand(modulation: jax.Array, tokens: int) -> jax.Array:
-    """[B, G, ...] of one timestep per group -> [B, N, ...]: groups are equal runs of tokens."""
-    return repeat(modulation, "b g ... -> b (g n) ...", n=tokens // modulation.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +115,13 @@ class VideoTransformer:
       width, layers, heads, ffn: D, L, K and the width of the feed-forward layer.
       text_width: width of the text encoder's tokens.
       frequency_width: width of the timestep's sinusoid.
-      dtype: of the matmuls; normalisation, modulation and residuals of them stay float32.
-      remat: recompute each block in the backward pass.
+      dtype: of the matmuls and of the residual stream; normalisation, modulation and gates are
+        float32. Parameters of another dtype are cast once per use.
+      attention: implementation, see `jaxvp.models.attention.attend`.
+      remat: what a block keeps for the backward pass. "none": all that differentiation uses,
+        the gathered weights of fsdp among it; "dots": the outputs of matmuls and of attention;
+        "attention": those of attention; "offload": the same, and block inputs in host memory;
+        "full": nothing.
       unroll: blocks per iteration of the scan; more compile time, less copying on a CPU.
     """
 
@@ -56,18 +134,39 @@ class VideoTransformer:
     text_width: int = 64
     frequency_width: int = 256
     dtype: str = "float32"
-    remat: bool = False
+    attention: str = "auto"
+    remat: str = "dots"
     unroll: int = 1
 
     def __post_init__(self):
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.width % (2 * self.heads):
+            nearest = 2 * self.heads * max(1, round(self.width / (2 * self.heads)))
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}: "
+                             f"the nearest is {nearest}.")
+        if self.remat not in ("none", *REMAT):
+            raise ValueError(f"remat {self.remat!r} does not exist: choose one of none, "
+                             f"{', '.join(REMAT)}.")
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in what `init` returns."""
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0))))
+
+    def flops(self, tokens: int, text_tokens: int) -> int:
+        """Of the matmuls of one sample's forward pass through the blocks, 2 per multiply-add."""
+        d, n, m = self.width, tokens, text_tokens
+        own = 8 * n * d**2 + 4 * n**2 * d
+        cross = 4 * n * d**2 + 4 * m * d**2 + 4 * n * m * d
+        return self.layers * (own + cross + 4 * n * d * self.ffn)
 
     def tokens(self, t: int, h: int, w: int) -> tuple[int, int, int]:
         """Token grid of a latent grid; raises ValueError when the patch does not divide it."""
-        if any(n % p for n, p in zip((t, h, w), self.patch, strict=True)):
-            raise ValueError(f"latents of {t} x {h} x {w} are not multiples of patch {self.patch}")
-        return tuple(n // p for n, p in zip((t, h, w), self.patch, strict=True))
+        grid = tuple(n // p for n, p in zip((t, h, w), self.patch, strict=True))
+        if (t, h, w) != tuple(g * p for g, p in zip(grid, self.patch, strict=True)):
+            nearest = " x ".join(str(max(1, g) * p) for g, p in zip(grid, self.patch, strict=True))
+            raise ValueError(f"latents of {t} x {h} x {w} are not multiples of patch {self.patch}: "
+                             f"the nearest are {nearest}.")
+        return grid
 
     def init(self, key: jax.Array) -> dict:
         """{"stem": ..., "blocks": leaves with a leading axis L, "head": ...}."""
@@ -79,46 +178,79 @@ class VideoTransformer:
         }
 
     def __call__(self, params: dict, latents: jax.Array, timestep: jax.Array, text: jax.Array,
-                 taps: tuple[int, ...] = ()) -> tuple[jax.Array, dict[int, jax.Array]]:
+                 taps: tuple[int, ...] = (), velocity: bool = True
+                 ) -> tuple[jax.Array | None, dict[int, jax.Array]]:
         """Predicts from noisy latents.
 
         Args:
           params: from `init`.
           latents: float32[B, t, h, w, c].
-          timestep: float32 in [0, 1000]: [B], or [B, G] with one value per equal run of tokens
-            (G = latent frames gives the clean first frame its own timestep 0; G = N is per token).
+          timestep: float32 in [0, 1000]: [B], or [B, G] with one value per equal run of tokens.
+            G = latent frames gives the clean first frame its own timestep 0; G = N is per token,
+            and costs the modulation [B, N, 6, D], which the others never materialise.
           text: float32[B, M, text_width]; padding rows are not masked, as in Wan.
           taps: numbers of the blocks whose output is wanted (0 .. layers - 1).
+          velocity: False: only the features are wanted; blocks behind the last tap do not run.
 
         Returns:
-          float32[B, t, h, w, c] and {tap: [B, N, D]}.
+          float32[B, t, h, w, c] (None without `velocity`) and {tap: [B, N, D]}.
         """
         if any(not 0 <= tap < self.layers for tap in taps):
             raise ValueError(f"taps {taps}: blocks are numbered 0 to {self.layers - 1}")
+        if not velocity and not taps:
+            raise ValueError("velocity=False leaves nothing to compute without taps.")
         grid = self.tokens(*latents.shape[1:4])
+        x = patchify(latents, self.patch)
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
-        pt, ph, pw = self.patch
-        x = rearrange(latents, "b (t i) (h j) (w k) c -> b (t h w) (i j k c)", i=pt, j=ph, k=pw)
         if x.shape[1] % timestep.shape[1]:
-            raise ValueError(f"{timestep.shape[1]} timesteps do not divide {x.shape[1]} tokens")
-        x, time, modulation, text = module.bind(self._stem, params["stem"])(x, timestep, text)
-        angles = jnp.asarray(rope_table(*grid, self.width // self.heads))
+            raise ValueError(f"{timestep.shape[1]} timesteps do not divide {x.shape[1]} tokens: "
+                             f"give 1, one per frame ({grid[0]}) or one per token.")
+        stem = module.bind(self._stem, self._gather(params["stem"], "stem"))
+        x, time, modulation, text = stem(x, timestep, text)
+        rope = jnp.asarray(rope_table(*grid, self.width // self.heads))
 
-        def step(x, block):
-            return module.bind(self._block, block)(x, modulation, text, angles), None
+        def step(carry, inputs):
+            x, tapped = carry
+            block, slot = inputs
+            x = checkpoint_name(_residual(x), "block_input")
+            block = module.bind(self._block, self._gather(block, "blocks"))
+            x = _residual(block(x, modulation, text, rope))
+            if taps:
+                tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)
+            return (x, tapped), None
 
-        if self.remat:
-            step = jax.checkpoint(step)
-        features, start = {}, 0
-        for stop in sorted({tap + 1 for tap in taps} | {self.layers}):
-            # One scan up to each tap: what lies behind the last used tap is dead code under jit.
-            segment = jax.tree.map(lambda p, a=start, b=stop: p[a:b], params["blocks"])
-            x, _ = jax.lax.scan(step, x, segment, unroll=self.unroll)
-            features[stop - 1], start = x, stop
-        out = module.bind(self._head, params["head"])(x, time)
-        out = rearrange(out, "b (t h w) (i j k c) -> b (t i) (h j) (w k) c",
-                        t=grid[0], h=grid[1], w=grid[2], i=pt, j=ph, k=pw)
-        return out, {tap: features[tap] for tap in taps}
+        if self.remat != "none":
+            # Forward and backward pass are two loops: there are no common subexpressions.
+            step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
+        # One scan over all blocks, since slices of stacked parameters are copies: every block
+        # writes its output to a slot, those without a tap to the last one.
+        blocks, count = params["blocks"], self.layers
+        if not velocity and (count := max(taps) + 1) < self.layers:
+            blocks = jax.tree.map(lambda p: p[:count], blocks)
+        slots = np.full(count, len(taps), np.int32)
+        slots[list(taps)] = np.arange(len(taps))
+        x = _residual(x)
+        tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+        tapped = sharding.constrain(tapped, None, sharding.BATCH, "context", None)
+        (x, tapped), _ = jax.lax.scan(step, (x, tapped), (blocks, slots), unroll=self.unroll)
+        features = {tap: tapped[i] for i, tap in enumerate(taps)}
+        if not velocity:
+            return None, features
+        out = module.bind(self._head, self._gather(params["head"], "head"))(x, time)
+        return unpatchify(out, grid, self.patch), features
+
+    def _gather(self, params: dict, part: str) -> dict:
+        """Parameters of one block, of stem or head, as one use wants them: kernels in the dtype of
+        the matmul, whole again along fsdp."""
+        specs = _part_specs(self, part)
+
+        def prepare(path, x):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not name.endswith("kernel"):
+                return x
+            return gather(x if name.startswith("time") else x.astype(self.dtype), specs[name])
+
+        return jax.tree_util.tree_map_with_path(prepare, params)
 
     def _stem(self, rngs):
         return _Stem(self, rngs)
@@ -130,24 +262,78 @@ class VideoTransformer:
         return _Head(self, rngs)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(kernel: jax.Array, spec: tuple) -> jax.Array:
+    """A kernel that lies as `spec`, all-gathered along fsdp; its gradient is scattered again.
+
+    Said where the kernel is used, inside of the scan over blocks: the compiler would otherwise
+    rather split the activations by the kernel's rows and all-reduce what comes out.
+    """
+    return sharding.constrain(kernel, *(None if axis == "fsdp" else axis for axis in spec))
+
+
+gather.defvjp(lambda kernel, spec: (gather(kernel, spec), None),
+              lambda spec, _, gradient: (sharding.constrain(gradient, *spec),))
+
+
+@functools.lru_cache(maxsize=32)
+def _part_specs(model: VideoTransformer, part: str) -> dict[str, tuple]:
+    """{name within the part: spec}, by WAN_RULES, of one block where the part is the blocks."""
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    specs = rules.match(abstract, WAN_RULES, (), "WAN_RULES")
+    return {name.removeprefix(f"{part}/"): spec[1:] if part == "blocks" else spec
+            for name, spec in specs.items() if name.startswith(f"{part}/")}
+
+
+def _residual(x: jax.Array) -> jax.Array:
+    """The residual stream, split by batch and tokens and whole in its width."""
+    return sharding.constrain(x, sharding.BATCH, "context", None)
+
+
+def _by_run(function, x: tuple[jax.Array, ...], vectors: tuple[jax.Array, ...]) -> jax.Array:
+    """Elementwise `function` of [B, N, D] and of vectors [B, G, D], one per equal run of tokens."""
+    tokens, runs = x[0].shape[1], vectors[0].shape[1]
+    if runs > 1 and runs % jax.sharding.get_abstract_mesh().shape.get("context", 1):
+        # A device holds no whole runs, so that the reshape below would gather the tokens.
+        run = sharding.constrain(jnp.arange(tokens) // (tokens // runs), "context")
+        return function(*x, *(jnp.take(v, run, axis=1) for v in vectors))
+    x = (rearrange(a, "b (g n) d -> b g n d", g=runs) for a in x)
+    return rearrange(function(*x, *(v[:, :, None] for v in vectors)), "b g n d -> b (g n) d")
+
+
+def _modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """`LN(x) * (1 + scale) + shift` in float32, as dtype of x."""
+    return _by_run(lambda x, scale, shift: (layer_norm(x) * (1 + scale) + shift).astype(x.dtype),
+                   (x,), (scale, shift))
+
+
+def _gated(x: jax.Array, h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`x + gate * h` in float32, as dtype of x."""
+    return _by_run(lambda x, h, gate: (x + gate * h).astype(x.dtype), (x, h), (gate,))
+
+
 class _Stem(nnx.Module):
     """Patch, timestep and text embeddings."""
 
     def __init__(self, config: VideoTransformer, rngs: nnx.Rngs):
-        width = config.width
+        width, dtype = config.width, config.dtype
+        # Timesteps keep float32 on hardware whose float32 matmul is not.
+        exact = {"precision": jax.lax.Precision.HIGHEST, "rngs": rngs}
         self.patch_embedding = Linear(
-            config.channels * math.prod(config.patch), width, dtype=config.dtype, rngs=rngs)
-        self.time_1 = Linear(config.frequency_width, width, rngs=rngs)
-        self.time_2 = Linear(width, width, rngs=rngs)
-        self.time_proj = Linear(width, 6 * width, rngs=rngs)
-        self.text_1 = Linear(config.text_width, width, dtype=config.dtype, rngs=rngs)
-        self.text_2 = Linear(width, width, dtype=config.dtype, rngs=rngs)
+            config.channels * math.prod(config.patch), width, dtype=dtype, rngs=rngs)
+        self.time_1 = Linear(config.frequency_width, width, **exact)
+        self.time_2 = Linear(width, width, **exact)
+        self.time_proj = Linear(width, 6 * width, **exact)
+        self.text_1 = Linear(config.text_width, width, dtype=dtype, rngs=rngs)
+        self.text_2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, timestep, text):
         time = sinusoid(timestep, self.time_1.in_features)
         time = self.time_2(jax.nn.silu(self.time_1(time)))
         modulation = rearrange(self.time_proj(jax.nn.silu(time)), "b g (s d) -> b g s d", s=6)
+        modulation = sharding.constrain(modulation, sharding.BATCH, None, None, None)
         text = self.text_2(jax.nn.gelu(self.text_1(text), approximate=True))
+        text = sharding.constrain(text, sharding.BATCH, None, None)
         return self.patch_embedding(x), time, modulation, text
 
 
@@ -156,24 +342,24 @@ class _Block(nnx.Module):
 
     def __init__(self, config: VideoTransformer, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
+        options = {"dtype": dtype, "implementation": config.attention, "context": True,
+                   "rngs": rngs}
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (6, width)) / math.sqrt(width))
-        self.attn1 = Attention(width, config.heads, dtype=dtype, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
-        self.attn2 = Attention(width, config.heads, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(width, config.heads, **options)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+        self.attn2 = Attention(width, config.heads, **options)
         self.ffn_1 = Linear(width, config.ffn, dtype=dtype, rngs=rngs)
         self.ffn_2 = Linear(config.ffn, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, modulation, text, angles):
-        tokens, dtype = x.shape[1], x.dtype
-        table = expand(modulation + self.scale_shift_table[...], tokens)
+    def __call__(self, x, modulation, text, rope):
+        table = modulation + self.scale_shift_table[...]
         shift1, scale1, gate1, shift2, scale2, gate2 = (table[:, :, i] for i in range(6))
-        h = (layer_norm(x) * (1 + scale1) + shift1).astype(dtype)
-        x = (x + gate1 * self.attn1(h, angles=angles)).astype(dtype)
-        x = x + self.attn2(self.norm2(x).astype(dtype), text)
-        h = (layer_norm(x) * (1 + scale2) + shift2).astype(dtype)
-        h = self.ffn_2(jax.nn.gelu(self.ffn_1(h), approximate=True))
-        return (x + gate2 * h).astype(dtype)
+        h = _modulated_norm(x, scale1, shift1)
+        x = _gated(x, self.attn1(h, rope=rope), gate1)
+        x = x + self.attn2(self.norm2(x.astype(jnp.float32)).astype(x.dtype), text)
+        h = self.ffn_1(_modulated_norm(x, scale2, shift2))
+        return _gated(x, self.ffn_2(jax.nn.gelu(h, approximate=True)), gate2)
 
 
 class _Head(nnx.Module):
@@ -187,6 +373,6 @@ class _Head(nnx.Module):
             kernel_init=nnx.initializers.zeros_init(), dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x, time):
-        table = expand(time[:, :, None] + self.scale_shift_table[...], x.shape[1])
-        x = layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]
+        table = time[:, :, None] + self.scale_shift_table[...]
+        x = _modulated_norm(x, table[:, :, 1], table[:, :, 0])
         return self.proj_out(x).astype(jnp.float32)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvp.models.transformer import VideoTransformer, sinusoid
+from jaxvp.models.transformer import REMAT, VideoTransformer, sinusoid
 
 MODEL = VideoTransformer(channels=12, width=32, layers=3, heads=2, ffn=48, text_width=8)
 
@@ -78,7 +78,7 @@ def test_samples_do_not_depend_on_the_batch(params, inputs):
     np.testing.assert_allclose(both[:1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"unroll": 3}, {"remat": True}])
+@pytest.mark.parametrize("change", [{"unroll": 3}, *({"remat": name} for name in REMAT)])
 def test_compilation_options_keep_the_gradient(params, inputs, change):
     def loss(p, model):
         return jnp.square(model(p, *inputs)[0] - 1).mean()

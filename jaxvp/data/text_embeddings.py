@@ -1,0 +1,241 @@
+"""Texts as Wan's text encoder sees them, computed once, so that no training step runs the encoder.
+
+    python -m jaxvp.data.text_embeddings --data=DIR[,DIR] --weights=DIR --tokenizer=FILE --out=DIR
+
+encodes every unified text of the datasets, and the empty one (guidance wants it), and adds what
+--out lacks. A run that was stopped continues when the command is repeated. The encoder in
+bfloat16 takes 11.4 GB of one device's memory, for as long as texts are missing.
+
+The folder holds safetensors of bfloat16[n, D], each of a text's n tokens, </s> included, under the
+SHA-256 of the text, and index.json: the encoder's digest, D, which datasets are complete, and the
+number of tokens of every text.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import rich.console
+import rich.progress
+
+from jaxvp.data import observation, rlds
+from jaxvp.weights.streaming import Tensors, write_file
+
+COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
+           "--out={folder}")
+SHARD = 1024  # Texts in a file: what a run that is stopped loses at most.
+BATCH = 16  # Texts that are encoded together, of similar length,
+MULTIPLE = 64  # padded to a multiple of this, so that few shapes are compiled.
+
+
+class TextEmbeddings:
+    """The embeddings in a folder; safe to use from several threads.
+
+    Attributes:
+      folder: where they are.
+      encoder: digest of the encoder and tokenizer that made them.
+      width: D.
+      datasets: digests of the datasets all of whose texts are there.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens `folder`, reading headers only.
+
+        Raises:
+          FileNotFoundError: it holds no embeddings.
+          ValueError: a file is damaged.
+        """
+        self.folder = Path(folder)
+        path = self.folder / "index.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"No text embeddings at {folder}: there is no index.json. Make them with "
+                f"`{COMMAND.format(folder=folder)}`.")
+        index = json.loads(path.read_text())
+        self.encoder, self.width = index["encoder"], index["width"]
+        self.datasets = frozenset(index["datasets"])
+        self._tensors = Tensors(self.folder) if any(self.folder.glob("*.safetensors")) else {}
+
+    def __contains__(self, text: str) -> bool:
+        return _key(text) in self._tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def lookup(self, text: str, length: int) -> np.ndarray:
+        """The embedding of `text`, bfloat16[length, D], as Wan wants it: zeros after its tokens.
+
+        Raises:
+          ValueError: the text has not been embedded, or has more than `length` tokens.
+        """
+        tensor = self._tensors.get(_key(text))
+        if tensor is None:
+            raise ValueError(
+                f"{self.folder} has no embedding of the text {text!r}: add the texts of its "
+                f"dataset with `{COMMAND.format(folder=self.folder)}`.")
+        tokens = tensor.shape[0]
+        if tokens > length:
+            raise ValueError(f"The text has {tokens} tokens, text_length is {length}: raise "
+                             f"text_length. The text: {text!r}.")
+        result = np.zeros((length, self.width), ml_dtypes.bfloat16)
+        result[:tokens] = tensor[()]
+        return result
+
+
+def texts_of(episodes: rlds.Episodes) -> set[str]:
+    """Every unified text, see `observation.describe`, of a dataset's split."""
+    texts, small = set(), len(episodes) < 1000
+    title = f"Texts of {episodes.folder} {episodes.split}"
+    for record in rich.progress.track(range(len(episodes)), title, disable=small):
+        robot, cameras = (episodes.text(name, record) for name in ("robot", "camera_text"))
+        texts.update(observation.describe(robot, cameras, instruction.decode())
+                     for instruction in set(episodes.columns(record).instruction))
+    return texts
+
+
+def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: int,
+        encode: Callable[[Sequence[str]], Iterable[np.ndarray]] | None,
+        datasets: Iterable[str] = ()) -> int:
+    """Adds those of `texts` that `folder` lacks, a file of SHARD texts at a time.
+
+    Args:
+      folder: made when it does not exist.
+      texts: any number, in any order.
+      encoder: digest of what `encode` does.
+      width: D.
+      encode: texts to their embeddings, float[n, D] each; called for missing texts only.
+      datasets: digests of the datasets that are complete with `texts`.
+
+    Returns:
+      How many were missing.
+
+    Raises:
+      ValueError: the folder's embeddings are another encoder's.
+    """
+    folder = Path(folder)
+    path = folder / "index.json"
+    index = {"encoder": encoder, "width": width, "datasets": [], "texts": {}}
+    if path.exists():
+        index = json.loads(path.read_text())
+        if index["encoder"] != encoder:
+            raise ValueError(
+                f"{folder} holds embeddings of the encoder {index['encoder']}, these weights and "
+                f"this tokenizer are {encoder}: choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_index(path, index)
+    there, wanted = TextEmbeddings(folder), sorted(set(texts))
+    missing = [text for text in wanted if text not in there]
+    for start in range(0, len(missing), SHARD):
+        shard = missing[start : start + SHARD]
+        arrays = {_key(text): np.asarray(array, ml_dtypes.bfloat16)
+                  for text, array in zip(shard, encode(shard), strict=True)}
+        name = f"{len(list(folder.glob('*.safetensors'))):05d}.safetensors"
+        write_file(folder / name, {k: (a.shape, a.dtype) for k, a in arrays.items()}, arrays.get)
+    there = TextEmbeddings(folder)
+    index["texts"] |= {text: there._tensors[_key(text)].shape[0] for text in wanted}
+    index["datasets"] = sorted({*index["datasets"], *datasets})
+    _write_index(path, index)
+    return len(missing)
+
+
+def umt5_encode(encoder, params, tokenizer) -> Callable[[Sequence[str]], list[np.ndarray]]:
+    """The function texts -> embeddings, bfloat16[n, D] each, of a UMT5Encoder."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def run(params, tokens):
+        return encoder(params, tokens).astype(jnp.bfloat16)
+
+    def encode(texts):
+        tokens = np.stack([tokenizer.encode(text) for text in texts])
+        lengths = (tokens > 0).sum(1)
+        order, results = np.argsort(lengths, kind="stable"), [None] * len(texts)
+        starts = range(0, len(texts), BATCH)
+        for start in rich.progress.track(starts, "Encoding texts", disable=len(starts) < 8):
+            rows = order[start : start + BATCH]
+            longest = -(-int(lengths[rows[-1]]) // MULTIPLE) * MULTIPLE
+            batch = np.zeros((BATCH, longest), np.int32)
+            batch[: len(rows), : tokens.shape[1]] = tokens[rows, :longest]
+            for row, output in zip(rows, np.asarray(run(params, batch)), strict=False):
+                results[row] = output[: lengths[row]]
+        return results
+
+    return encode
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_index(path: Path, index: dict):
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def run(arguments: Sequence[str] | None = None):
+    """The command; see the module's docstring."""
+    # The one place where data meets a model, and only to prepare data.
+    from jaxvp.data.text import SentencePieceTokenizer
+    from jaxvp.weights import umt5
+
+    parser = argparse.ArgumentParser("python -m jaxvp.data.text_embeddings", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="RLDS datasets, comma-separated; all splits.")
+    parser.add_argument("--texts", help="A file with further texts, one in a line, as they are: "
+                        "those of an evaluation, a negative prompt.")
+    parser.add_argument("--weights", required=True, help="UMT5 in safetensors: file or folder, "
+                        "such as `text_encoder` of Wan's Diffusers releases.")
+    parser.add_argument("--tokenizer", required=True, help="Its spiece.model.")
+    parser.add_argument("--length", type=int, default=512, help="Longest text in tokens. [512]")
+    parser.add_argument("--out", required=True, help="The folder of embeddings.")
+    options = parser.parse_args(arguments)
+
+    tensors = Tensors(options.weights)
+    encoder = umt5.encoder_of(tensors)
+    tokenizer = SentencePieceTokenizer(options.tokenizer, options.length)
+    digest = hashlib.sha256(umt5.digest(tensors).encode())
+    digest.update(Path(options.tokenizer).read_bytes())
+    digest = digest.hexdigest()[:16]
+    add(options.out, (), digest, encoder.width, None)  # Another encoder's folder fails here.
+    complete = TextEmbeddings(options.out).datasets
+    texts, datasets = {""}, []
+    for path in filter(None, options.data.split(",")):
+        for split in rlds.splits(path):
+            episodes = rlds.Episodes(path, split)
+            datasets.append(episodes.digest)
+            if episodes.digest not in complete:
+                texts |= texts_of(episodes)
+    if options.texts:
+        texts.update(Path(options.texts).read_text().splitlines())
+    for text in texts:  # A text that is too long fails before the weights are read.
+        tokenizer.encode(text)
+
+    made = []
+
+    def encode(shard):
+        if not made:
+            made.append(umt5_encode(*umt5.read(options.weights)[:2], tokenizer))
+        return made[0](shard)
+
+    added = add(options.out, texts, digest, encoder.width, encode, datasets)
+    there = TextEmbeddings(options.out)
+    rich.console.Console().print(
+        f"{options.out}: {added} texts added, {len(there)} there, D {there.width}; data: "
+        f"{{text_embeddings: {options.out}, text_width: {there.width}}}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: repeat the command to continue with the texts that are missing")

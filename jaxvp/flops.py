@@ -1,0 +1,110 @@
+"""Floating-point operations of a training step as the mathematics ask for them: no recomputation,
+two for each multiplication in a matrix product or convolution, nothing for the rest."""
+
+import dataclasses
+import math
+
+import jax
+from jax.interpreters import partial_eval
+from jax.sharding import AbstractMesh
+
+from jaxvp import optim, rules, sharding, step
+from jaxvp.data.clips import ClipSpec
+from jaxvp.data.observation import LAYOUTS, canvas
+
+
+def model_flops(config: step.TrainConfig, spec: ClipSpec) -> dict[str, float]:
+    """FLOPs of one clip's forward and backward pass, by component.
+
+    The blocks of the video transformer by closed form, one pass (three forward passes' worth where
+    they are trained, one where they are frozen); the codec, which is never trained, and all the
+    rest (text, embeddings, heads, other passes) from the program, differentiated without remat.
+
+    Returns:
+      {component: FLOPs}; the sum is what the MFU counts.
+    """
+    options = dict(config.method)
+    if "video" in options:
+        options["video"] = {**options["video"], "remat": "none", "attention": "xla"}
+    method = step.make_method(dataclasses.replace(config, method=options), spec)
+    params = jax.eval_shape(lambda: method.init(jax.random.key(0)))
+    trained = optim.trainable(
+        optim.resolve(config.optimizer, params, method.frozen(config.stage)))
+    nowhere = AbstractMesh((1,) * len(sharding.AXES), sharding.AXES)
+    clip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                        step.abstract_clip(spec, 1, nowhere))
+    keys = jax.eval_shape(lambda: step.clip_keys(0, 0, 1))
+
+    def gradient(params, clip, keys):
+        def loss(params):
+            return method.loss(optim.stop_frozen(params, trained), clip, keys, config.stage)[0]
+        return jax.grad(loss)(params)
+
+    total = traced_flops(gradient, params, clip, keys)
+    parts = {}
+    transformer = getattr(method, "transformer", None)
+    if transformer is not None:
+        named = rules.named_leaves(trained)
+        passes, blocks = 3, transformer.layers
+        if not any(yes for name, yes in named.items() if name.startswith("video/")):
+            passes, blocks = 1, max(method.taps) + 1  # Only for its features.
+        text = spec.text_length if spec.text_width else method.text_encoder.tokens
+        parts = {f"video {name}": passes * flops for name, flops in block_flops(
+            transformer, math.prod(method.grid), text, blocks).items()}
+    if hasattr(method, "video_codec"):
+        frames = jax.eval_shape(lambda video, mask: canvas(video, mask, LAYOUTS[method.layout]),
+                                clip["video"], clip["view_mask"])
+        parts["codec"] = traced_flops(method.video_codec.encode, params.get("codec", {}), frames)
+    return parts | {"all else": total - sum(parts.values())}
+
+
+def block_flops(transformer, tokens: int, text: int, layers: int) -> dict[str, float]:
+    """FLOPs of one forward pass of one clip through `layers` blocks of a VideoTransformer, for
+    `tokens` N and `text` tokens M."""
+    d, f = transformer.width, transformer.ffn
+    return {
+        "self-attention projections": layers * 8.0 * tokens * d**2,
+        "self-attention": layers * 4.0 * tokens**2 * d,
+        "cross-attention": layers * (4.0 * tokens * d**2 + 4.0 * text * d**2
+                                     + 4.0 * tokens * text * d),
+        "feed-forward": layers * 4.0 * tokens * d * f,
+    }
+
+
+def traced_flops(function, *arguments) -> float:
+    """FLOPs of the matrix products and convolutions of a function that are needed for its result.
+
+    Args:
+      function: of arrays.
+      arguments: arrays or ShapeDtypeStructs.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, values = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = values["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            out = math.prod(equation.outvars[0].aval.shape)
+            total += 2.0 * out * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            numbers, kernel = values["dimension_numbers"], equation.invars[1].aval.shape
+            taps = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * taps \
+                / values["batch_group_count"]
+        elif name == "scan":
+            total += values["length"] * _count(values["jaxpr"].jaxpr)
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in values["branches"])
+        elif name == "shard_map":
+            total += values["mesh"].size * _count(values["jaxpr"])
+        else:
+            total += sum(_count(getattr(value, "jaxpr", value)) for value in values.values()
+                         if hasattr(getattr(value, "jaxpr", value), "eqns"))
+    return total
+

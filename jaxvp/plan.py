@@ -1,0 +1,486 @@
+"""What a config costs on a machine that nobody has to rent first.
+
+    python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=v5p:8x16x16
+    python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=v6e:16x16 --sweep
+    python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=h200:8 --dry_run
+
+Compiles the real training step with the real TPU compiler, on a CPU (extra `tpu`), and reads
+memory, FLOPs, bytes and collectives from the result. `--dry_run` compiles nothing and gives the
+memory, with the activations estimated, in seconds; for GPUs that is all there is. `--sweep` does the
+same batch on smaller slices too and says from where on communication takes longest.
+
+The bound is the largest of four times at full rate, as if all overlapped perfectly: the compiled
+FLOPs, recomputation included; the bytes of HBM; collectives inside of a slice; those between
+slices. The estimate adds what runs one after the other: each operation at the slower of its FLOPs
+and its bytes, and the collectives that the compiler did not put beside computation. Neither sees
+matrices that do not fill the matrix unit, vector work (norms, softmax, modulation) that HBM does
+not bound, waiting for the slowest host, contention of collectives, or the input pipeline.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import app, flags, logging
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+
+from jaxvp import chips, hlo, rules, sharding, step
+from jaxvp import config as config_lib
+from jaxvp.chips import GIB, Machine
+from jaxvp.data import mixture
+from jaxvp.flops import model_flops
+
+STATE = {"params": "parameters", "ema": "EMA", "opt_state": "optimizer"}
+TRANSIENT = "activations, gradients, temporary"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Plan:
+    """What one step costs; bytes and FLOPs are per chip where nothing else is said.
+
+    Attributes:
+      topology, chips, mesh, batch_size, microbatches: what is planned.
+      parameters: numbers in each part of the model.
+      memory: bytes by class; host_memory: those that lie in the host's.
+      hbm_bytes_per_chip, hbm_capacity_bytes, fits: their sum, what there is, whether it is enough.
+      model_flops: of the whole step by component, without recomputation.
+      compiled_flops, bytes_moved: matrix products that the chip does, bytes of HBM that it moves.
+      collectives: {kind, axes, bytes, times, seconds, background, source}, largest first.
+      loops: trip counts that were read.
+      roofline: seconds of compute, hbm, ici, dcn and host memory, each alone at full rate.
+      bound_by, step_seconds_bound, mfu_bound: the largest of them, and what follows.
+      step_seconds_estimate, mfu_estimate: with what cannot overlap one after the other.
+      compile_seconds: of the compiler, on this machine.
+      advice: what to change where it does not fit.
+    Fields of what was not compiled are None.
+    """
+
+    config: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    microbatches: int
+    parameters: dict[str, int]
+    memory: dict[str, float]
+    host_memory: dict[str, float]
+    hbm_bytes_per_chip: float
+    hbm_capacity_bytes: float
+    fits: bool
+    model_flops: dict[str, float]
+    compiled_flops: float | None = None
+    bytes_moved: float | None = None
+    collectives: list[dict] | None = None
+    loops: dict[str, int | None] | None = None
+    roofline: dict[str, float] | None = None
+    bound_by: str | None = None
+    step_seconds_bound: float | None = None
+    mfu_bound: float | None = None
+    step_seconds_estimate: float | None = None
+    mfu_estimate: float | None = None
+    compile_seconds: float | None = None
+    advice: list[str] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def communication_bound(self) -> bool | None:
+        """Whether the network takes longer than compute and HBM."""
+        t = self.roofline
+        return t and max(t["ici"], t["dcn"]) > max(t["compute"], t["hbm"])
+
+
+def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_run: bool = False
+              ) -> Plan:
+    """Plans the training step of `config` on `machine`.
+
+    Args:
+      config: of the run.
+      machine: from `chips.parse`.
+      name: of the config, for the report.
+      dry_run: compile nothing.
+
+    Raises:
+      ConfigError, ValueError: config and machine do not fit each other.
+      ImportError: the TPU compiler is missing.
+    """
+    spec = mixture.clip_spec(config.data)
+    dry_run = dry_run or not machine.chip.axes
+    mesh = _abstract_mesh(config.mesh, machine) if dry_run else \
+        sharding.make_mesh(config.mesh, machine.devices())
+    built = step.build(config, spec, mesh)
+    sizes = rules.named_leaves(built.abstract["params"])
+    parameters = {}
+    for leaf_name, leaf in sizes.items():
+        part = leaf_name.partition("/")[0]
+        parameters[part] = parameters.get(part, 0) + leaf.size
+    flops = {component: value * config.batch_size
+             for component, value in model_flops(config, spec).items()}
+    memory, host = _state_bytes(built.abstract)
+    plan = Plan(
+        config=name, topology=str(machine), chips=machine.chips, mesh=dict(mesh.shape),
+        batch_size=config.batch_size, microbatches=config.microbatches, parameters=parameters,
+        memory=memory, host_memory=host, hbm_bytes_per_chip=0.0,
+        hbm_capacity_bytes=machine.chip.hbm_bytes, fits=False, model_flops=flops,
+        versions={p: metadata.version(p) for p in ("jax", "jaxlib", "libtpu")
+                  if _installed(p)})
+    if dry_run:
+        memory["gradients (estimate)"] = sum(
+            _shard_bytes(leaf) for leaf, rule in zip(
+                jax.tree.leaves(built.abstract["params"]), jax.tree.leaves(built.rules),
+                strict=True) if rule.multiplier is not None)
+        memory["activations (estimate)"] = _activation_bytes(config, spec, mesh)
+    else:
+        _compile(plan, config, spec, built, machine)
+    plan.hbm_bytes_per_chip = sum(memory.values())
+    plan.fits = plan.hbm_bytes_per_chip <= plan.hbm_capacity_bytes
+    if not plan.fits:
+        plan.advice = advice(plan, config)
+    return plan
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _abstract_mesh(config: sharding.MeshConfig, machine: Machine) -> AbstractMesh:
+    sizes = dataclasses.astuple(config)
+    left = machine.chips // math.prod(size for size in sizes if size != -1)
+    shape = tuple(left if size == -1 else size for size in sizes)
+    if math.prod(shape) != machine.chips or shape[0] % machine.slices:
+        raise ValueError(f"config.mesh is {config}, which does not fit the {machine.chips} chips "
+                         f"of {machine}.")
+    return AbstractMesh(shape, sharding.AXES, (AxisType.Auto,) * len(shape))
+
+
+# Memory.
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> float:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _state_bytes(abstract: Mapping) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes per chip of the classes of the state, in HBM and in host memory."""
+    memory, host = {}, {}
+    for key, label in STATE.items():
+        leaves = jax.tree.leaves(abstract[key])
+        offloaded = [leaf for leaf in leaves if leaf.sharding.memory_kind == "pinned_host"]
+        memory[label] = sum(map(_shard_bytes, leaves)) - sum(map(_shard_bytes, offloaded))
+        if offloaded:
+            host[label] = sum(map(_shard_bytes, offloaded))
+    return memory, host
+
+
+def _activation_bytes(config, spec, mesh) -> float:
+    """Bytes per chip that the forward pass keeps for the backward pass, as differentiation finds
+    them, before the compiler; with remat also what one block has while it is computed again."""
+    video = config.method.get("video", {})
+    kept, method = _residuals(config, spec, mesh, video)
+    if video.get("remat", "none") != "none":
+        everything, _ = _residuals(config, spec, mesh, {**video, "remat": "none"})
+        kept += everything / method.transformer.layers
+    return kept
+
+
+def _residuals(config, spec, mesh, video):
+    # Attention as on accelerators, where it never keeps its scores.
+    options = {**config.method, "video": {**video, "attention": "chunked"}}
+    method = step.make_method(dataclasses.replace(config, method=options), spec)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = max(1, config.batch_size // (shards * config.microbatches))
+    clip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                        step.abstract_clip(spec, rows, mesh))
+    params = jax.eval_shape(lambda: method.init(jax.random.key(0)))
+    keys = jax.eval_shape(lambda: step.clip_keys(0, 0, rows))
+
+    def residuals(params, clip, keys):
+        return jax.vjp(lambda p: method.loss(p, clip, keys, config.stage)[0], params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, clip, keys))
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    parts = mesh.shape["context"]
+    return sum(leaf.size * leaf.dtype.itemsize / parts for leaf in kept
+               if leaf.shape not in weights), method
+
+
+# The compiled step.
+
+def _compile(plan: Plan, config, spec, built, machine: Machine):
+    """Fills in what only the compiler knows."""
+    everywhere = NamedSharding(built.mesh, P())
+    clip = step.abstract_clip(spec, config.batch_size, built.mesh)
+    number = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+    with jax.set_mesh(built.mesh):
+        lowered = built.update.lower(built.abstract, clip, number)
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile(compiler_options=chips.TPU_COMPILER_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            plan.compile_seconds = time.perf_counter() - start
+            plan.memory[TRANSIENT] = _needed(str(error), sum(plan.memory.values()))
+            return
+    plan.compile_seconds = time.perf_counter() - start
+    used = compiled.memory_analysis()
+    known = sum(plan.memory.values())
+    plan.memory["batch, padding"] = max(0.0, used.argument_size_in_bytes - known)
+    plan.memory[TRANSIENT] = float(
+        used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
+    plan.memory["program"] = float(used.generated_code_size_in_bytes)
+    if used.host_temp_size_in_bytes:
+        plan.host_memory[TRANSIENT] = float(used.host_temp_size_in_bytes)
+    roofline(plan, hlo.analyze(compiled.as_text(), machine.chips), machine, built.mesh)
+
+
+def _needed(message: str, state: float) -> float:
+    """Bytes beside the state in the compiler's complaint that memory is short; other complaints
+    are raised again."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    if found:
+        return max(0.0, float(found.group(1)) * units[found.group(2)] - state)
+    found = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message)
+    if not found:
+        raise RuntimeError(f"The step does not compile: {message}")
+    return float(found.group(1)) * units[found.group(2)]
+
+
+def roofline(plan: Plan, analysis: hlo.Analysis, machine: Machine, mesh: jax.sharding.Mesh):
+    """Fills in times, MFU and collectives from what the compiled step does."""
+    chip = machine.chip
+    devices = mesh.devices.flatten()
+    where = np.array([getattr(device, "coords", (0,)) for device in devices])
+    slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
+    ici = dcn = blocking = 0.0
+    plan.collectives = []
+    for collective in analysis.collectives:
+        groups = collective.groups
+        near, far = machine.network_seconds(
+            collective.kind, collective.bytes, where[groups], slices[groups])
+        ici, dcn = ici + near * collective.times, dcn + far * collective.times
+        if not collective.background:
+            blocking += (near + far) * collective.times
+        plan.collectives.append({
+            "kind": collective.kind + (" (gathers)" if collective.gathers else ""),
+            "axes": hlo.mesh_axes(groups, mesh.shape), "bytes": collective.bytes,
+            "times": collective.times, "seconds": (near + far) * collective.times,
+            "background": collective.background, "source": collective.source})
+    plan.collectives.sort(key=lambda c: -c["seconds"])
+    serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm) for o in analysis.operations
+                 if not o.background)
+    plan.loops, plan.compiled_flops = analysis.loops, analysis.flops
+    plan.bytes_moved = analysis.hbm_bytes
+    plan.roofline = {"compute": analysis.flops / chip.flops, "hbm": analysis.hbm_bytes / chip.hbm,
+                     "ici": ici, "dcn": dcn, "host": analysis.host_bytes / chip.host}
+    plan.bound_by = max(plan.roofline, key=plan.roofline.get)
+    plan.step_seconds_bound = plan.roofline[plan.bound_by]
+    plan.step_seconds_estimate = max(plan.step_seconds_bound, serial + blocking)
+    ideal = sum(plan.model_flops.values()) / (plan.chips * chip.flops)
+    plan.mfu_bound = ideal / plan.step_seconds_bound
+    plan.mfu_estimate = ideal / plan.step_seconds_estimate
+
+
+def advice(plan: Plan, config: step.TrainConfig) -> list[str]:
+    """What to change so that the step fits, what helps most first; GiB are per chip."""
+    mesh, memory, capacity = plan.mesh, plan.memory, plan.hbm_capacity_bytes
+    state = sum(memory.get(label, 0.0) for label in STATE.values())
+    rest = plan.hbm_bytes_per_chip - state
+    shards = mesh["data"] * mesh["fsdp"]
+    rows = config.batch_size // (shards * config.microbatches)
+    found = []
+
+    def say(saved, text):
+        found.append((saved, text))
+
+    if mesh["data"] > 1:
+        say(state * (1 - 1 / mesh["data"]),
+            f"config.mesh.data=1, fsdp={shards}: the state shrinks from {_gib(state)} to "
+            f"{_gib(state / mesh['data'])}.")
+    if not config.offload_optimizer and memory.get("optimizer"):
+        say(memory["optimizer"], f"config.offload_optimizer=True: {_gib(memory['optimizer'])} of "
+            "optimizer move to the host.")
+    if rows > 1:
+        factor = next((f for f in (2, 4, 8, 16, 32, 64) if rows % f == 0 and
+                       state + rest / f <= capacity), rows)
+        say(rest * (1 - 1 / factor),
+            f"config.microbatches={config.microbatches * factor}: {rows // factor} instead of "
+            f"{rows} clips per chip at a time; activations shrink about {factor} times.")
+    video = config.method.get("video", {})
+    if video.get("remat", "none") != "full":
+        say(rest / 2, "config.method.video.remat='full': only the inputs of blocks are kept.")
+    if rows <= 1:
+        say(rest / 2, f"config.mesh.context={2 * mesh['context']}: tokens of a clip over twice as "
+            "many chips.")
+    least = math.ceil(state * plan.chips / capacity * 1.25)
+    if state > 0.8 * capacity:
+        say(state / 2, f"More chips: the state alone fills {state / capacity:.0%} of one; with "
+            f"fsdp over {least} chips it fills 80 %.")
+    return [text for _, text in sorted(found, key=lambda item: -item[0])]
+
+
+# The report.
+
+def report(plan: Plan, console: rich.console.Console):
+    """Prints the plan as tables."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 chip"
+    console.print(f"{plan.config} on {plan.topology}: {plan.chips} chips ({mesh}), batch "
+                  f"{plan.batch_size}"
+                  + (f" in {plan.microbatches} parts" if plan.microbatches > 1 else ""))
+    total = sum(plan.parameters.values())
+    console.print(f"Parameters: {total:,} (" + ", ".join(
+        f"{part} {count:,}" for part, count in plan.parameters.items()) + ")")
+    table = rich.table.Table("memory per chip", "GiB", title_justify="left")
+    for label, size in plan.memory.items():
+        table.add_row(label, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row("total", f"{plan.hbm_bytes_per_chip / GIB:.2f}")
+    table.add_row("capacity", f"{plan.hbm_capacity_bytes / GIB:.2f}")
+    for label, size in plan.host_memory.items():
+        table.add_row(f"{label}, in host memory", f"{size / GIB:.2f}")
+    console.print(table)
+    flops = sum(plan.model_flops.values())
+    table = rich.table.Table("model FLOPs per step", "TFLOP", "share")
+    for component, value in plan.model_flops.items():
+        table.add_row(component, f"{value / 1e12:,.2f}", f"{value / flops:.1%}")
+    table.add_section()
+    table.add_row("total, without recomputation", f"{flops / 1e12:,.2f}", "")
+    if plan.compiled_flops:
+        compiled = plan.compiled_flops * plan.chips
+        table.add_row("compiled, all chips", f"{compiled / 1e12:,.2f}", f"{compiled / flops:.1%}")
+    console.print(table)
+    if plan.roofline:
+        _report_times(plan, console)
+    console.print("Fits." if plan.fits else
+                  f"[bold red]Does not fit[/]: {_gib(plan.hbm_bytes_per_chip)} of "
+                  f"{_gib(plan.hbm_capacity_bytes)} per chip. Change one or more:")
+    for line in plan.advice:
+        console.print(f"  - {line}", highlight=False)
+
+
+def _report_times(plan: Plan, console: rich.console.Console):
+    table = rich.table.Table("collective", "axes", "MiB each", "times", "ms", "beside compute")
+    merged = {}
+    for c in plan.collectives:
+        key = c["kind"], c["axes"], c["bytes"], c["background"]
+        times, seconds = merged.get(key, (0, 0.0))
+        merged[key] = times + c["times"], seconds + c["seconds"]
+    shown = sorted(merged.items(), key=lambda item: -item[1][1])
+    for (kind, axes, size, background), (times, seconds) in shown[:16]:
+        table.add_row(kind, " ".join(axes), f"{size / 2**20:,.2f}", f"{times:,}",
+                      f"{seconds * 1e3:,.2f}", "yes" if background else "no")
+    if len(shown) > 16:
+        rest = [value for _, value in shown[16:]]
+        table.add_row(f"{len(rest)} smaller", "", "", f"{sum(t for t, _ in rest):,}",
+                      f"{sum(s for _, s in rest) * 1e3:,.2f}", "")
+    console.print(table)
+    unknown = [name for name, trips in plan.loops.items() if trips is None]
+    if unknown:
+        console.print(f"Loops of unknown length, counted once: {', '.join(unknown)}")
+    table = rich.table.Table("seconds per step", "at full rate")
+    for term, seconds in plan.roofline.items():
+        table.add_row(term + (" (bound)" if term == plan.bound_by else ""), f"{seconds:.4f}")
+    table.add_section()
+    table.add_row("estimate, without perfect overlap", f"{plan.step_seconds_estimate:.4f}")
+    console.print(table)
+    console.print(f"MFU: at most {plan.mfu_bound:.1%}, estimate {plan.mfu_estimate:.1%}; "
+                  f"{_gib(plan.bytes_moved)} of HBM moved per chip; "
+                  f"compiled in {plan.compile_seconds:.0f} s.")
+
+
+def _report_sweep(plans: list, console: rich.console.Console):
+    table = rich.table.Table("topology", "chips", "GiB", "compute", "HBM", "ICI", "DCN", "bound",
+                             "MFU at most", "estimate", "")
+    taken_over = False
+    for machine, plan in plans:
+        if isinstance(plan, str):
+            table.add_row(str(machine), str(machine.chips), *[""] * 8, plan)
+            continue
+        row = [str(machine), str(plan.chips), f"{plan.hbm_bytes_per_chip / GIB:.1f}"]
+        note = "" if plan.fits else "does not fit"
+        if plan.roofline:
+            t = plan.roofline
+            row += [f"{t[term]:.3f}" for term in ("compute", "hbm", "ici", "dcn")]
+            row += [plan.bound_by, f"{plan.mfu_bound:.1%}", f"{plan.mfu_estimate:.1%}"]
+            if plan.communication_bound and not taken_over:
+                taken_over, note = True, "communication takes over"
+        else:
+            row += [""] * 7
+        table.add_row(*row, note)
+    console.print(table)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB"
+
+
+def to_json(plan: Plan) -> dict:
+    """The plan as JSON values."""
+    return dataclasses.asdict(plan) | {"communication_bound": plan.communication_bound}
+
+
+# The command.
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
+    logging.set_verbosity(logging.WARNING)
+    settings = flags.FLAGS
+    machine = chips.parse(settings.topology, settings.slices)
+    console = rich.console.Console()
+    if not machine.chip.axes and not settings.dry_run:
+        console.print(f"{machine}: absent GPUs cannot be compiled for; this is --dry_run.")
+    config = config_lib.build(step.TrainConfig, settings.config, "config")
+    file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
+    name = f"{Path(file).name}:{variant}" if variant else Path(file).name
+    plan = make_plan(config, machine, name, settings.dry_run)
+    report(plan, console)
+    result = to_json(plan)
+    if settings.sweep:
+        plans = []
+        for smaller in chips.smaller(machine)[:-1]:
+            try:
+                plans.append((smaller, make_plan(config, smaller, name, settings.dry_run)))
+            except ValueError as error:
+                plans.append((smaller, str(error)))
+        plans.append((machine, plan))
+        _report_sweep(plans, console)
+        result["sweep"] = [{"topology": str(m), "chips": m.chips, "error": p}
+                           if isinstance(p, str) else to_json(p) for m, p in plans]
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=2, default=_plain) + "\n")
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def run():
+    """Entry point `jaxvp-plan`."""
+    jax.config.update("jax_platforms", "cpu")  # Whatever is here: it is not what is planned for.
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/; FILE:ARGUMENT chooses one of its variants, "
+        "--config.key=value changes a key")
+    flags.DEFINE_string("topology", None, "v5p:8x16x16, v6e:16x16, v5e:16x16 (chips along the axes "
+                        "of the torus), h100:64, h200:8")
+    flags.DEFINE_integer("slices", 1, "TPU slices of that topology, connected by DCN")
+    flags.DEFINE_bool("dry_run", False, "compile nothing: only memory and model FLOPs")
+    flags.DEFINE_bool("sweep", False, "plan smaller slices of the chip too")
+    flags.DEFINE_string("json", None, "file to write the plan to")
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

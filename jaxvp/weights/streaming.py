@@ -1,0 +1,434 @@
+"""Safetensors in and out, one tensor at a time: a host reads only the shards that its devices hold.
+
+A plan says where each parameter lies in the files: {"/"-joined name of a leaf: Stored}. Nothing is
+ever unpickled. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, the
+header as JSON, the data); several files of one model come with an `*.index.json` of their keys.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxvp.rules import named_leaves
+
+DTYPES = {name: np.dtype(dtype) for name, dtype in (
+    ("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("BF16", jnp.bfloat16),
+    ("F8_E4M3", jnp.float8_e4m3fn), ("F8_E5M2", jnp.float8_e5m2), ("I64", "i8"),
+    ("I32", "i4"), ("I16", "i2"), ("I8", "i1"), ("U64", "u8"), ("U32", "u4"), ("U16", "u2"),
+    ("U8", "u1"), ("BOOL", "?"))}
+
+
+# -- Files ---------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor in a file, of which `tensor[index]` reads what the index (basic slicing) wants.
+
+    Attributes:
+      file: that holds it, from byte `offset` on, row-major.
+      shape, dtype: a tuple and a NumPy dtype.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index) -> np.ndarray:
+        if not math.prod(self.shape):
+            return np.empty(self.shape, self.dtype)[index]
+        # Mapped only while it is copied, so that pages read do not add up.
+        whole = np.memmap(self.file, self.dtype, "r", self.offset, self.shape or (1,))
+        return np.array(whole.reshape(self.shape)[index])
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, an index.json, or a folder with either, by key.
+
+    Only headers are read, and checked against the sizes of their files.
+
+    Raises:
+      FileNotFoundError: there are no safetensors; says what is there instead.
+      ValueError: a file is truncated, malformed, or not what the index says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._tensors: dict[str, Tensor] = {}
+        for file, keys in _files(self.path).items():
+            found = _read_header(file)
+            if missing := sorted(set(keys or found) - set(found)):
+                raise ValueError(f"{file} lacks {listed(missing)}, which its index places there.")
+            if twice := sorted(set(found) & set(self._tensors)):
+                raise ValueError(f"{file} and {self._tensors[twice[0]].file} both hold "
+                                 f"{listed(twice)}.")
+            self._tensors |= found
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def write_file(path: str | Path, header: Mapping[str, tuple[Sequence[int], np.dtype]],
+               read: Callable[[str], np.ndarray], metadata: Mapping[str, str] | None = None):
+    """Writes one safetensors file, holding one tensor at a time.
+
+    Args:
+      path: of the file; it appears under this name when it is complete.
+      header: {key: (shape, dtype)}, in the order in which they are written.
+      read: gives the tensor of a key.
+      metadata: strings for the header.
+    """
+    path = Path(path)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    table, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for key, (shape, dtype) in header.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        table[key] = {"dtype": names[np.dtype(dtype)], "shape": list(shape),
+                      "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, (shape, dtype) in header.items():
+            tensor = np.asarray(read(key), order="C")
+            if tensor.shape != tuple(shape) or tensor.dtype != dtype:
+                raise ValueError(f"{key} is {tensor.dtype}{list(tensor.shape)}, not "
+                                 f"{np.dtype(dtype)}{list(shape)}.")
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+    partial.rename(path)
+
+
+def _files(path: Path) -> dict[Path, list[str] | None]:
+    """{file: the keys that an index places there, None without an index}."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        if len(indices) > 1:
+            raise ValueError(f"{path} has several indices: name one of "
+                             f"{listed([i.name for i in indices])}.")
+        if indices:
+            return _files(indices[0])
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            below = sorted({str(f.parent) for f in path.glob("*/*.safetensors")})
+            hint = f"There are some in {listed(below)}." if below else _pickle_hint(path)
+            raise FileNotFoundError(f"{path} holds no .safetensors files. {hint}")
+        return dict.fromkeys(files)
+    if not path.is_file():
+        raise FileNotFoundError(f"No safetensors at {path}: there is no such file or folder.")
+    if path.name.endswith(".index.json"):
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an index of safetensors: {error!r}.") from error
+        files = {}
+        for key, name in weight_map.items():
+            files.setdefault(path.parent / name, []).append(key)
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{path} names {listed(absent)}, which is not beside it: "
+                                    "download the missing shards.")
+        return files
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a safetensors file. {_pickle_hint(path.parent)}")
+    return {path: None}
+
+
+def _pickle_hint(folder: Path) -> str:
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".pt", ".bin"))
+    return (f"{listed(pickles)}: pickles are never read; take the model's release in "
+            "safetensors (the -Diffusers repositories have one)." if pickles else "")
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file} is truncated or not safetensors: {size} bytes do not hold "
+                             f"a header of {length}. Download it again.")
+        text = f.read(length)
+    tensors, end = {}, 0
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            start, stop = entry["data_offsets"]
+            tensor = Tensor(file, 8 + length + start, tuple(entry["shape"]),
+                            DTYPES[entry["dtype"]])
+            if stop - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
+                raise ValueError(f"{key} {entry} has the wrong number of bytes")
+            tensors[key], end = tensor, max(end, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} has a malformed safetensors header: {error!r}.") from error
+    if size != 8 + length + end:
+        raise ValueError(f"{file} is truncated or damaged: its header promises "
+                         f"{8 + length + end} bytes, it has {size}. Download it again.")
+    return tensors
+
+
+# -- Parameters ----------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one parameter lies in the files.
+
+    Attributes:
+      keys: the key of its tensor; a tuple of keys: of one tensor for each index of its leading
+        axis (stacked layers).
+      pattern: einops pattern from a stored tensor to (one layer of) the parameter; "": the same.
+        Where it only permutes, just the wanted part of a tensor is read.
+      sizes: of those axes of the pattern that the parameter's shape alone does not tell.
+    """
+
+    keys: str | tuple[str, ...]
+    pattern: str = ""
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def all_keys(self) -> tuple[str, ...]:
+        return (self.keys,) if isinstance(self.keys, str) else self.keys
+
+    def load(self, x):
+        return einops.rearrange(x, self.pattern, **self.sizes) if self.pattern else x
+
+    def store(self, x):
+        """The inverse of `load`."""
+        left, _, right = self.pattern.partition("->")
+        return einops.rearrange(x, f"{right}->{left}", **self.sizes) if self.pattern else x
+
+    def read(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        """`load(tensor)[index]`, reading as little as possible."""
+        if not self.pattern:
+            return tensor[index]
+        left, right = (side.split() for side in self.pattern.split("->"))
+        if sorted(left) == sorted(right) and all(axis.isidentifier() for axis in left):
+            return self.load(tensor[tuple(index[right.index(axis)] for axis in left)])
+        return self.load(tensor[()])[index]
+
+
+Plan = Mapping[str, Stored]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `load` did with every parameter and every key.
+
+    Attributes:
+      loaded: names of the parameters that came from files.
+      initialised: names of those that are in no file, and were initialised.
+      unused: keys in the files that no parameter wanted.
+      stored_bytes: in the files, of what was loaded.
+    """
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    unused: tuple[str, ...]
+    stored_bytes: int
+
+    def __str__(self):
+        parts = [f"{len(self.loaded)} parameters loaded ({self.stored_bytes / 1e9:.3g} GB)"]
+        for what in ("initialised", "unused"):
+            if names := getattr(self, what):
+                parts.append(f"{len(names)} {what}: {', '.join(names)}")
+        return "; ".join(parts) + "."
+
+
+def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequence[str] = (),
+         unused: Sequence[str] = (), init: Callable[[], dict] | None = None) -> tuple[dict, Report]:
+    """Builds parameters from files; every host reads only what its own devices hold.
+
+    Beside those shards a host holds at most one stored tensor at a time.
+
+    Args:
+      tensors: see Tensors.
+      plan: says where each parameter lies.
+      abstract: nested dict of jax.ShapeDtypeStruct; those with a `sharding` are built so, the
+        others on the default device. Numbers are cast to the dtype that it asks for.
+      absent: regexes of names of parameters that may be in no file; `init()` initialises them.
+      unused: regexes of keys that nobody needs.
+      init: makes the whole tree; traced under jit, where what is not absent is never computed.
+
+    Returns:
+      A tree like `abstract` of jax arrays, and what became of every name and key.
+
+    Raises:
+      ValueError: parameters are in no file, or keys are left over, beyond what the regexes allow;
+        or shapes differ. Before anything is read.
+    """
+    leaves = named_leaves(abstract)
+    missing = {name: sorted(set(plan[name].all_keys()) - set(tensors)) if name in plan else []
+               for name in leaves}
+    initialised = [name for name, keys in missing.items() if keys or name not in plan]
+    loaded = [name for name in leaves if name not in initialised]
+    left = sorted(set(tensors) - {key for name in loaded for key in plan[name].all_keys()})
+    problems = []
+    if lacking := [name for name in initialised if not _matches(absent, name)]:
+        keys = [key for name in lacking for key in missing[name]]
+        problems.append(f"no weights for {listed(lacking)}"
+                        + (f" (keys {listed(keys)})" if keys else ""))
+    if extra := [key for key in left if not _matches(unused, key)]:
+        problems.append(f"keys that no parameter wants: {listed(extra)}")
+    problems += [problem for name in loaded
+                 for problem in _shape_problems(tensors, plan[name], name, leaves[name].shape)][:8]
+    if problems:
+        where = getattr(tensors, "path", "The weights")
+        raise ValueError(f"{where} does not fit the model: {'; '.join(problems)}.")
+    if initialised and init is None:
+        raise ValueError(f"{listed(initialised)}: in no file, and there is no `init` for them.")
+
+    values = {}
+    if initialised:
+        shardings = {name: getattr(leaves[name], "sharding", None) for name in initialised}
+
+        def fresh():
+            made = named_leaves(init())
+            return {name: made[name].astype(leaves[name].dtype) for name in initialised}
+
+        values = jax.jit(fresh, out_shardings=shardings)()
+    for name in loaded:
+        values[name] = _build(tensors, plan[name], leaves[name])
+    params = jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in leaves])
+    size = sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize
+               for name in loaded for key in plan[name].all_keys())
+    return params, Report(tuple(loaded), tuple(initialised), tuple(left), size)
+
+
+def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9,
+         stem: str = "diffusion_pytorch_model", dtype=None):
+    """Writes parameters as safetensors, one tensor at a time; all processes call it, one writes.
+
+    Args:
+      params: nested dict of arrays, sharded or not.
+      plan: where each parameter goes.
+      folder: gets `stem`.safetensors, or numbered shards and their index.
+      shard_bytes: largest size of a file's data (one tensor that is larger gets its own file).
+      stem: of the file names; diffusers reads "diffusion_pytorch_model", transformers "model".
+      dtype: cast to it; None: as they are.
+
+    Raises:
+      FileExistsError: the folder already holds safetensors.
+      ValueError: a parameter is not in the plan, or the plan names one that does not exist.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and (there := sorted(f.name for f in folder.glob("*.safetensors*"))):
+        raise FileExistsError(f"{folder} already holds {listed(there)}: choose an empty folder.")
+    leaves = named_leaves(params)
+    if set(leaves) != set(plan):
+        raise ValueError(f"Parameters and plan differ in {listed(sorted(set(leaves) ^ set(plan)))}"
+                         ".")
+    home = {key: (name, i) for name, stored in plan.items()
+            for i, key in enumerate(stored.all_keys())}
+    header = {}
+    for key, (name, _) in home.items():
+        leaf, stacked = leaves[name], not isinstance(plan[name].keys, str)
+        x = jax.ShapeDtypeStruct(leaf.shape[stacked:], dtype or leaf.dtype)
+        header[key] = jax.eval_shape(plan[name].store, x).shape, np.dtype(x.dtype)
+
+    def read(key):
+        name, layer = home[key]
+        x = _fetch(leaves[name], None if isinstance(plan[name].keys, str) else layer)
+        return plan[name].store(x).astype(header[key][1])
+
+    shards, filled = [[]], 0
+    for key in sorted(header, key=_natural):
+        size = math.prod(header[key][0]) * header[key][1].itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    names = [f"{stem}.safetensors" if len(shards) == 1 else
+             f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, keys in zip(names, shards, strict=True):
+        if jax.process_index() == 0:
+            write_file(folder / name, {key: header[key] for key in keys}, read)
+        else:
+            for key in keys:  # Takes part in fetching what it does not write.
+                read(key)
+    if len(shards) > 1 and jax.process_index() == 0:
+        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in header.values())
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {key: name for name, keys in zip(names, shards, strict=True)
+                                for key in keys}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _build(tensors: Mapping[str, Tensor], stored: Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def shard(index):
+        index = tuple(slice(*i.indices(n)) for i, n in zip(index, leaf.shape, strict=True))
+        if isinstance(stored.keys, str):
+            return stored.read(tensors[stored.keys], index).astype(leaf.dtype)
+        layers = stored.keys[index[0]]
+        out = np.empty((len(layers), *(i.stop - i.start for i in index[1:])), leaf.dtype)
+        for row, key in zip(out, layers, strict=True):
+            row[...] = stored.read(tensors[key], index[1:])
+        return out
+
+    if getattr(leaf, "sharding", None) is None:
+        return jax.device_put(shard((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+
+def _shape_problems(tensors, stored: Stored, name: str, shape: tuple[int, ...]) -> list[str]:
+    """At most one message, about the first tensor of the wrong shape."""
+    if not isinstance(stored.keys, str):
+        if len(stored.keys) != shape[0]:
+            return [f"{name} {list(shape)} has {shape[0]} layers, the plan {len(stored.keys)}"]
+        shape = shape[1:]
+    for key in stored.all_keys():
+        found = tensors[key].shape
+        try:
+            loads_as = jax.eval_shape(stored.load, jax.ShapeDtypeStruct(found, np.float32)).shape
+        except einops.EinopsError:
+            loads_as = None
+        if loads_as != shape:
+            expected = jax.eval_shape(stored.store, jax.ShapeDtypeStruct(shape, np.float32)).shape
+            return [f"{key} is {list(found)}, {name} needs {list(expected)}"]
+    return []
+
+
+def _fetch(leaf, layer: int | None) -> np.ndarray:
+    """The whole of a (possibly sharded) array, or of one layer of it, on every host."""
+    if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    gathered = _gather(leaf.sharding.mesh)(leaf, layer)
+    return np.asarray(gathered.addressable_data(0))
+
+
+@functools.lru_cache(maxsize=8)
+def _gather(mesh: jax.sharding.Mesh):
+    return jax.jit(lambda x, layer: x if layer is None else x[layer],
+                   out_shardings=NamedSharding(mesh, P()))
+
+
+def _matches(regexes: Sequence[str], name: str) -> bool:
+    return any(re.fullmatch(regex, name) for regex in regexes)
+
+
+def _natural(key: str) -> list:
+    """Sorts blocks.2 before blocks.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

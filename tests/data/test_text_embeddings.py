@@ -1,0 +1,180 @@
+"""Embeddings of texts: the folder, the command that fills it, and clips that read from it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import write
+
+from jaxvp.data import mixture, text_embeddings
+from jaxvp.data.mixture import DataConfig
+from jaxvp.data.rlds import Episodes
+from jaxvp.data.text import SentencePieceTokenizer
+from jaxvp.data.text_embeddings import TextEmbeddings, add
+from jaxvp.weights import umt5
+from jaxvp.weights.streaming import write_file
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def encode(texts):
+    """Made-up embeddings of width 4: a row for every letter."""
+    return [np.full((len(text), 4), len(text), np.float32) for text in texts]
+
+
+def test_lookup_pads_with_zeros(tmp_path):
+    assert add(tmp_path, ["ab", "abc", "ab"], "e", 4, encode) == 2
+    embeddings = TextEmbeddings(tmp_path)
+    found = embeddings.lookup("ab", 3)
+    assert found.dtype == jnp.bfloat16 and embeddings.width == 4 and len(embeddings) == 2
+    assert found.tolist() == [[2] * 4, [2] * 4, [0] * 4]
+    assert "abc" in embeddings and "abcd" not in embeddings
+
+
+def test_what_lookup_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--out=.*none`"):
+        TextEmbeddings(tmp_path / "none")
+    add(tmp_path, ["abc"], "e", 4, encode)
+    embeddings = TextEmbeddings(tmp_path)
+    with pytest.raises(ValueError, match="no embedding of the text 'other'.*-m jaxvp.data.text_em"):
+        embeddings.lookup("other", 8)
+    with pytest.raises(ValueError, match="3 tokens, text_length is 2.*'abc'"):
+        embeddings.lookup("abc", 2)
+
+
+def test_only_missing_texts_are_encoded(tmp_path):
+    seen = []
+
+    def watched(texts):
+        seen.extend(texts)
+        return encode(texts)
+
+    assert add(tmp_path, ["a", "b"], "e", 4, watched, ["d1"]) == 2
+    assert add(tmp_path, ["c", "b"], "e", 4, watched, ["d2"]) == 1
+    assert seen == ["a", "b", "c"]
+    assert TextEmbeddings(tmp_path).datasets == {"d1", "d2"}
+    with pytest.raises(ValueError, match="of the encoder e, .* are other: choose another --out"):
+        add(tmp_path, ["d"], "other", 4, encode)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_embeddings, "SHARD", 2)
+    calls = []
+
+    def stops(texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        add(tmp_path, "abcde", "e", 4, stops, ["d"])
+    assert not TextEmbeddings(tmp_path).datasets and len(TextEmbeddings(tmp_path)) == 2
+    (tmp_path / "00001.safetensors.partial").write_bytes(b"cut")
+    assert add(tmp_path, "abcde", "e", 4, stops, ["d"]) == 3
+    assert calls[2:] == [["c", "d"], ["e"]]
+    embeddings = TextEmbeddings(tmp_path)
+    assert embeddings.datasets == {"d"} and all(text in embeddings for text in "abcde")
+
+
+@pytest.fixture(scope="module")
+def two_splits(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("two_splits"), val_fraction=0.4)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The command's flags, for a tiny encoder."""
+    pytest.importorskip("sentencepiece")
+    weights = dict(np.load(GOLDEN / "umt5.npz"))
+    del weights["tokens"], weights["output"]
+    write_file(tmp_path / "model.safetensors", {k: (v.shape, v.dtype) for k, v in weights.items()},
+               weights.get)
+    (tmp_path / "spiece.model").write_bytes(
+        np.load(GOLDEN / "umt5_tokenizer.npz")["model"].tobytes())
+    return [f"--weights={tmp_path}/model.safetensors", f"--tokenizer={tmp_path}/spiece.model",
+            f"--out={tmp_path}/out"]
+
+
+def test_command(tmp_path, two_splits, flags, monkeypatch, capsys):
+    (tmp_path / "texts").write_text("hold\nthe plate\n")
+    text_embeddings.run([*flags, f"--data={two_splits}", f"--texts={tmp_path}/texts"])
+    # Six tasks, five of which have another text from step 5 on, "", and the file's two.
+    texts = {f"test robot; three views; task {i}{more}" for i in range(6) for more in ("", " more")}
+    texts -= {"test robot; three views; task 4 more"}
+    assert "14 texts added, 14 there, D 32" in capsys.readouterr().out
+    embeddings = TextEmbeddings(tmp_path / "out")
+    assert all(text in embeddings for text in texts | {"", "hold", "the plate"})
+    assert embeddings.datasets == {Episodes(two_splits, split).digest for split in ("train", "val")}
+
+    encoder, params, _ = umt5.read(tmp_path / "model.safetensors", jnp.float32)
+    tokens = SentencePieceTokenizer(tmp_path / "spiece.model", 80).encode("the plate")
+    expected = np.asarray(encoder(params, tokens[None])[0])
+    found = embeddings.lookup("the plate", 80).astype(np.float32)
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+    assert found[tokens > 0].any(-1).all() and not found[tokens == 0].any()
+
+    monkeypatch.setattr(umt5, "read", None)  # Not needed: all is there.
+    monkeypatch.setattr(text_embeddings, "texts_of", None)
+    text_embeddings.run([*flags, f"--data={two_splits}"])
+    assert "0 texts added, 14 there" in capsys.readouterr().out
+
+
+def test_text_that_is_too_long_fails_before_anything_is_encoded(tmp_path, two_splits, flags,
+                                                                monkeypatch):
+    monkeypatch.setattr(umt5, "read", None)
+    with pytest.raises(ValueError, match="tokens, the tokenizer's length is 12.*test robot"):
+        text_embeddings.run([*flags, f"--data={two_splits}", "--length=12"])
+
+
+def test_digest_is_of_the_weights_not_of_their_file(tmp_path):
+    def digest_of(name, weights):
+        write_file(tmp_path / name, {k: (v.shape, v.dtype) for k, v in weights.items()},
+                   weights.get)
+        return umt5.digest(umt5.Tensors(tmp_path / name))
+
+    weights = dict(np.load(GOLDEN / "umt5.npz"))
+    del weights["tokens"], weights["output"]
+    rounded = {k: v.astype(jnp.bfloat16) for k, v in weights.items()}
+    other = weights | {"shared.weight": weights["shared.weight"] + 1}
+    digests = [digest_of(f"{i}.safetensors", w) for i, w in enumerate((weights, rounded, other))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def config(folder, out, **changes):
+    values = dict(num_frames=2, fps=5, chunk=3, image_size=16, text_length=48,
+                  text_embeddings=str(out), text_width=4)
+    return DataConfig(sources=({"path": str(folder)},), **values | changes)
+
+
+def test_batches_of_embedded_text(tmp_path, two_splits):
+    splits = [Episodes(two_splits, split) for split in ("train", "val")]
+    texts = set().union(*map(text_embeddings.texts_of, splits))
+    add(tmp_path, texts, "e", 4, encode, [episodes.digest for episodes in splits])
+    data = config(two_splits, tmp_path)
+    iterator = mixture.train_iterator(data, 4, seed=0)
+    batch = next(iterator)
+    shape, dtype = iterator.spec.text
+    assert batch["text"].shape == (4, *shape) == (4, 48, 4) and batch["text"].dtype == dtype
+    lengths = (batch["text"][..., 0] > 0).sum(1)
+    assert (batch["text"][:, 0, 0] == lengths).all() and set(lengths.tolist()) <= {31, 36}
+    assert jax.device_put(batch)["text"].dtype == jnp.bfloat16
+    assert mixture.validation_batches(data, 2, 1)[0]["text"].shape == (2, 48, 4)
+
+
+def test_embeddings_that_do_not_cover_the_data(tmp_path, two_splits):
+    add(tmp_path, [""], "e", 4, encode)
+    with pytest.raises(ValueError, match=r"lacks texts of .* train: add them with `python -m"):
+        mixture.train_iterator(config(two_splits, tmp_path), 4, seed=0)
+    with pytest.raises(ValueError, match="of width 4, data.text_width is 4096"):
+        mixture.train_iterator(config(two_splits, tmp_path, text_width=4096), 4, seed=0)
+
+
+def test_spec_of_a_config_needs_no_data():
+    data = config("absent", "absent", action_size=3)
+    spec = mixture.clip_spec(data)
+    assert spec.text == ((48, 4), np.dtype(jnp.bfloat16)) and spec.action_size == 3
+    spec = mixture.clip_spec(config("absent", ""))
+    assert spec.text == ((48,), np.dtype(np.int32)) and spec.text_width == 0

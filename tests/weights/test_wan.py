@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from jaxvp import rules, sharding
+from jaxvp.models.attention import rope_table, rotate
+from jaxvp.models.transformer import SIZES, WAN_RULES, VideoTransformer, unpatchify
+from jaxvp.weights import streaming, wan
+
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "transformer.npz"))
+WEIGHTS = {k.removeprefix("weights/"): x for k, x in GOLDEN.items() if k.startswith("weights/")}
+ORIGINAL = {o: WEIGHTS[key] for o, key in json.loads(str(GOLDEN["original_names"])).items()}
+CONFIG = json.loads(str(GOLDEN["config"]))
+MODEL = VideoTransformer(channels=4, width=24, layers=2, heads=2, ffn=32, text_width=16)
+
+
+def write(folder, weights, name="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    streaming.write_file(folder / name, {key: (x.shape, x.dtype) for key, x in weights.items()},
+                         weights.__getitem__)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    return wan.load(write(tmp_path_factory.mktemp("wan") / "tiny", WEIGHTS), MODEL)[0]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+
+
+def sharded(mesh, dtype=jnp.float32):
+    abstract = jax.eval_shape(MODEL.init, jax.random.key(0))
+    specs = rules.match(abstract, WAN_RULES, (), "WAN_RULES")
+    leaves = [jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, jax.P(*specs[n])))
+              for n, x in rules.named_leaves(abstract).items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+run = jax.jit(VideoTransformer.__call__, static_argnums=0)
+
+
+@pytest.mark.parametrize("timestep", ["scalar", "frames", "tokens"])
+def test_velocity_is_that_of_diffusers(params, timestep):
+    """One timestep per sample (T2V), one per token (TI2V), and the same said per frame."""
+    latents, text = GOLDEN["latents"].transpose(0, 2, 3, 4, 1), GOLDEN["text"]
+    times = {"scalar": GOLDEN["scalar"], "frames": GOLDEN["frames"],
+             "tokens": np.repeat(GOLDEN["frames"], 24, axis=1)}[timestep]
+    expected = GOLDEN["velocity_scalar" if timestep == "scalar" else "velocity_tokens"]
+    expected = expected.transpose(0, 2, 3, 4, 1)
+    out, _ = run(MODEL, params, latents, times, text)
+    assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected)
+    assert np.abs(out - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_rope_is_exactly_that_of_diffusers():
+    """Turning (1, 0) gives (cos, sin)."""
+    unit = jnp.zeros((1, 48, 1, 12)).at[..., ::2].set(1.0)
+    turned = np.asarray(rotate(unit, jnp.asarray(rope_table(2, 4, 6, 12))))[0, :, 0]
+    np.testing.assert_array_equal(turned[:, ::2], GOLDEN["rope_cos"][:, ::2])
+    np.testing.assert_array_equal(turned[:, 1::2], GOLDEN["rope_sin"][:, 1::2])
+
+
+def test_unpatchify_is_exactly_that_of_diffusers():
+    count = jnp.arange(2 * 4 * 2 * 8 * 12, dtype=jnp.float32).reshape(2, 48, 16)
+    np.testing.assert_array_equal(unpatchify(count, (2, 4, 6), (1, 2, 2)),
+                                  GOLDEN["unpatchified"].transpose(0, 2, 3, 4, 1))
+
+
+def test_both_spellings_give_the_same_parameters(params, tmp_path):
+    assert set(ORIGINAL).isdisjoint(set(WEIGHTS) - {"patch_embedding.weight",
+                                                    "patch_embedding.bias"} - norms())
+    other, report = wan.load(write(tmp_path / "original", ORIGINAL), MODEL)
+    assert not report.initialised and not report.unused
+    jax.tree.map(np.testing.assert_array_equal, other, params)
+
+
+def norms():
+    return {key for key in WEIGHTS if ".norm" in key} | {"blocks.0.scale_shift_table"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_sharded_over_eight_devices_is_exact(mesh, tmp_path, dtype):
+    weights = {key: x.astype(dtype) for key, x in WEIGHTS.items()}
+    write(tmp_path / "pipeline", {"text": np.ones(1, np.float32)}, "unrelated.txt")
+    (tmp_path / "pipeline").joinpath("transformer").mkdir()
+    write(tmp_path / "pipeline" / "transformer", weights)
+    abstract = sharded(mesh, dtype)
+    params, _ = wan.load(tmp_path / "pipeline", MODEL, abstract)
+    for x, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding == wanted.sharding and x.dtype == dtype
+    wan.save(params, MODEL, tmp_path / "out", shard_bytes=20_000)
+    out = streaming.Tensors(tmp_path / "out")
+    assert set(out) == set(WEIGHTS) and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    for key, x in weights.items():
+        assert out[key].dtype == dtype
+        np.testing.assert_array_equal(out[key][()], x)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in CONFIG} == CONFIG
+
+
+def test_weights_of_another_size_are_named(tmp_path):
+    folder = write(tmp_path / "tiny", WEIGHTS)
+    wider = VideoTransformer(**{**vars(MODEL), "width": 32})
+    with pytest.raises(ValueError, match="has width 24, the model width 32: what fits is channels"):
+        wan.load(folder, wider)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    with pytest.raises(ValueError, match="has heads 4, the model heads 2"):
+        wan.load(folder, MODEL)
+
+
+def test_a_wan_size_that_fits_is_named(tmp_path):
+    """Headers alone tell; the 57 GB of Wan 14B are a file without content here."""
+    big = VideoTransformer(**SIZES["wan-14b"])
+    shapes = jax.eval_shape(big.init, jax.random.key(0))
+    leaves, header, end = rules.named_leaves(shapes), {}, 0
+    for name, stored in wan.plan(big, "original").items():
+        stacked = not isinstance(stored.keys, str)
+        leaf = jax.ShapeDtypeStruct(leaves[name].shape[stacked:], jnp.float32)
+        shape = jax.eval_shape(stored.store, leaf).shape
+        for key in stored.all_keys():
+            header[key] = {"dtype": "F32", "shape": shape,
+                           "data_offsets": [end, end + 4 * int(np.prod(shape))]}
+            end = header[key]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    with pytest.raises(ValueError, match="layers 40, .* model .*: what fits is size='wan-14b'"):
+        wan.load(tmp_path, VideoTransformer(**SIZES["wan-5b"]))
+
+
+def test_what_is_not_the_model_is_named(params, tmp_path):
+    with pytest.raises(ValueError, match="not a Wan transformer"):
+        wan.load(write(tmp_path / "other", {"a": np.ones(1, np.float32)}), MODEL)
+    less = {key: x for key, x in WEIGHTS.items() if key != "blocks.1.attn2.to_k.bias"}
+    write(tmp_path / "less", less)
+    with pytest.raises(ValueError, match="no weights for blocks/attn2/to_k/bias"):
+        wan.load(tmp_path / "less", MODEL)
+    more = WEIGHTS | {"blocks.0.attn2.add_k_proj.bias": np.ones(24, np.float32)}
+    with pytest.raises(ValueError, match="no parameter wants: blocks.0.attn2.add_k_proj.bias"):
+        wan.load(write(tmp_path / "more", more), MODEL)
+    headless = {key: x for key, x in WEIGHTS.items() if not key.startswith("proj_out")}
+    write(tmp_path / "headless", headless)
+    found, report = wan.load(tmp_path / "headless", MODEL, absent=("head/proj_out/.*",),
+                             init=lambda: MODEL.init(jax.random.key(0)))
+    assert report.initialised == ("head/proj_out/bias", "head/proj_out/kernel")
+    assert not found["head"]["proj_out"]["kernel"].any()
+    np.testing.assert_array_equal(found["blocks"]["ffn_1"]["bias"],
+                                  params["blocks"]["ffn_1"]["bias"])
