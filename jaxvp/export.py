@@ -67,6 +67,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
         "robot": robot, "camera_text": embodiment["camera_text"], "layout": config.data.layout,
         "cameras": embodiment["cameras"], "image_size": (spec.height, spec.width),
         "image_orientation": "upright", "text_length": spec.text_length,
+        "text_width": spec.text_width,
         "fps": embodiment["fps"], "video_fps": spec.fps, "chunk": spec.chunk,
         "execution_horizon": config.execution_horizon, "batch_size": batch_size,
         "action_size": spec.action_size, "state_size": spec.state_size,
@@ -77,7 +78,8 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
         "git_revision": assets["git_revision"], "versions": assets["versions"],
         "config": assets["config"],
     }
-    bundle.save(out, manifest, params, exported(method.act), exported(method.imagine))
+    bundle.save(out, manifest, params, exported(method.act), exported(method.imagine),
+                config.data.text_embeddings)
     print(f"{out}: {manifest['method']} after step {step} of stage {config.stage}, for {robot}.")
 
 

@@ -166,8 +166,8 @@ def analyze(text: str, partitions: int = 1) -> Analysis:
       ValueError: the text has no entry computation.
     """
     module = parse(text)
-    analysis, seen = Analysis(), set()
-    _visit(module, module.computations[module.entry], 1, False, analysis, seen, partitions)
+    analysis = Analysis()
+    _visit(module, module.computations[module.entry], 1, False, analysis, partitions)
     return analysis
 
 
@@ -299,7 +299,7 @@ def _mesh_groups(axes: str, devices: str | None, grouped: str) -> np.ndarray:
 
 # Execution.
 
-def _visit(module, computation, times, fused, analysis, seen, partitions, background=False):
+def _visit(module, computation, times, fused, analysis, partitions, background=False):
     """Adds what `times` runs of a computation do; returns the FLOPs of one run of a fusion."""
     flops = 0.0
     for instruction in computation.instructions.values():
@@ -309,25 +309,25 @@ def _visit(module, computation, times, fused, analysis, seen, partitions, backgr
             body = module.computations[instruction.called("body")]
             trips = trip_count(module, computation, instruction)
             analysis.loops[instruction.name] = trips
-            _visit(module, body, times * (trips or 1), False, analysis, seen, partitions)
+            _visit(module, body, times * (trips or 1), False, analysis, partitions)
             continue
         if opcode == "conditional":  # An upper bound: all branches.
             for name in re.findall(r"%([\w.\-]+)", instruction.attribute(
                     r"branch_computations=\{([^}]*)\}") or "") or [
                     instruction.called("true_computation"),
                     instruction.called("false_computation")]:
-                _visit(module, module.computations[name], times, False, analysis, seen, partitions)
+                _visit(module, module.computations[name], times, False, analysis, partitions)
             continue
         if opcode in ("call", "async-start"):
             inner = instruction.called("to_apply") or instruction.called("calls")
-            _visit(module, module.computations[inner], times, False, analysis, seen, partitions,
+            _visit(module, module.computations[inner], times, False, analysis, partitions,
                    background or opcode == "async-start")
             continue
         if opcode == "fusion":
             inner = module.computations[instruction.called("calls")]
-            here = _visit(module, inner, times, True, analysis, seen, partitions)
+            here = _visit(module, inner, times, True, analysis, partitions)
         if opcode.removesuffix("-start") in COLLECTIVES:
-            _collective(module, computation, instruction, times, analysis, seen, partitions,
+            _collective(module, computation, instruction, times, fused, analysis, partitions,
                         background)
         flops += here
         if fused:
@@ -340,12 +340,12 @@ def _visit(module, computation, times, fused, analysis, seen, partitions, backgr
     return flops
 
 
-def _collective(module, computation, instruction, times, analysis, seen, partitions, background):
-    # Parts of one asynchronous collective, spread over several fusions, share their channel.
-    channel = instruction.attribute(r"channel_id=(\d+)")
-    if channel is not None and channel in seen:
-        return
-    seen.add(channel)
+def _collective(module, computation, instruction, times, fused, analysis, partitions,
+                background):
+    chain = "chain_id=" in instruction.rest
+    if chain and not any("AsyncCollectiveStart" in other.rest
+                         for other in computation.instructions.values()):
+        return  # A later part of one that is spread over several fusions.
     kind = instruction.opcode.removesuffix("-start")
     operands = [computation.instructions[name] for name in instruction.operands]
     payload = [array for operand in operands for array in operand.type]
@@ -355,16 +355,20 @@ def _collective(module, computation, instruction, times, analysis, seen, partiti
             payload = payload[len(operands):2 * len(operands)]
     gathers = False
     if kind == "all-reduce":
-        root = computation.root
-        if root.opcode == "dynamic-slice" and root.operands[0] == instruction.name:
+        if fused and _only_sliced(computation, instruction.name):
             kind = "reduce-scatter"
         gathers = any(_is_shard_in_zeros(module, computation, operand) for operand in operands)
     asynchronous = (background or instruction.opcode.endswith("-start")
-                    or "chain_id=" in instruction.rest)
+                    or chain)
     analysis.collectives.append(Collective(
         kind, instruction.name, sum(array.bytes for array in payload), times,
         replica_groups(instruction, partitions), gathers, asynchronous,
         instruction.attribute(r'op_name="([^"]*)"') or ""))
+
+
+def _only_sliced(computation: Computation, name: str) -> bool:
+    return all(user.opcode == "dynamic-slice" or user.opcode in ("get-tuple-element", "bitcast")
+               and _only_sliced(computation, user.name) for user in computation.users(name))
 
 
 def _is_shard_in_zeros(module, computation, instruction) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from jaxvp.data import observation, rlds
+from jaxvp.data import observation
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -88,8 +88,8 @@ class TextEmbeddings:
         return result
 
 
-def texts_of(episodes: rlds.Episodes) -> set[str]:
-    """Every unified text, see `observation.describe`, of a dataset's split."""
+def texts_of(episodes) -> set[str]:
+    """Every unified text, see `observation.describe`, of the `rlds.Episodes` of a split."""
     texts, small = set(), len(episodes) < 1000
     title = f"Texts of {episodes.folder} {episodes.split}"
     for record in rich.progress.track(range(len(episodes)), title, disable=small):
@@ -183,6 +183,7 @@ def _write_index(path: Path, index: dict):
 def run(arguments: Sequence[str] | None = None):
     """The command; see the module's docstring."""
     # The one place where data meets a model, and only to prepare data.
+    from jaxvp.data import rlds
     from jaxvp.data.text import SentencePieceTokenizer
     from jaxvp.weights import umt5
 

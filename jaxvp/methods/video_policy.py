@@ -265,7 +265,8 @@ class VideoPolicy:
         """Network output and tapped features; the first frame is clean, at timestep 0 (TI2V)."""
         noisy = jnp.concatenate([first, noisy[:, 1:]], axis=1)
         timestep = jnp.repeat(1000.0 * sigma[:, None], noisy.shape[1], axis=1).at[:, 0].set(0.0)
-        out, features = self.transformer(params["video"], noisy, timestep, text, self.taps, velocity)
+        out, features = self.transformer(
+            params["video"], noisy, timestep, text, self.taps, velocity)
         return out, [features[tap] for tap in self.taps]
 
     def _clean(self, data, prediction):

@@ -4,9 +4,10 @@
     params/              weights, written by Orbax
     act.stablehlo        `jax.export` of act(params, observation, keys) -> float32[B, P, A]
     imagine.stablehlo    the same of imagine -> uint8[B, T, H', W', 3]; may be absent
+    text_embeddings/     of the texts that the policy knows, when its text is embedded
 
-An observation is {video uint8[B, V, 1, H, W, 3], view_mask bool[B, V], text int32[B, M],
-state float32[B, S], state_mask bool[B, S]}, normalised; keys are uint32[B, 2], the data of one PRNG
+An observation is {video uint8[B, V, 1, H, W, 3], view_mask bool[B, V], text int32[B, M]
+or bfloat16[B, M, D], state float32[B, S], state_mask bool[B, S]}, normalised; keys are uint32[B, 2], the data of one PRNG
 key per row. Reading a bundle needs no model code, and nothing in it is unpickled.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.export
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -41,7 +43,7 @@ class Manifest:
         robot lacks.
       image_size: (H, W) of a view.
       image_orientation: "upright", the top row first.
-      text_length: M.
+      text_length: M; text_width: D of embedded text, 0 when text is bytes.
       fps: control steps, that is actions, per second; video_fps: frames per second of `imagine`.
       chunk: P; execution_horizon: how many of these actions are executed before the next look.
       batch_size: rows of the exported functions.
@@ -82,6 +84,7 @@ class Manifest:
     git_revision: str
     versions: Mapping
     config: Mapping
+    text_width: int = 0
 
     def __post_init__(self):
         views = LAYOUTS[self.layout].cameras if self.layout in LAYOUTS else ()
@@ -201,7 +204,7 @@ class Bundle:
 
 
 def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
-         imagine: bytes | None = None):
+         imagine: bytes | None = None, text_embeddings: epath.PathLike = ""):
     """Writes a bundle; policy.json comes last, so that a bundle that has it is complete.
 
     Args:
@@ -209,6 +212,7 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
       manifest: the fields of `Manifest` but format_version, as JSON values.
       params: nested dict of arrays, in the dtypes of the exported functions.
       act, imagine: `jax.export.Exported.serialize()` of the functions.
+      text_embeddings: folder to copy, when the manifest has a text_width.
 
     Raises:
       ValueError: the manifest has an unknown, missing or wrong field.
@@ -224,6 +228,10 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
     (path / "act.stablehlo").write_bytes(act)
     if imagine is not None:
         (path / "imagine.stablehlo").write_bytes(imagine)
+    if checked.text_width:
+        (path / "text_embeddings").mkdir()
+        for file in epath.Path(text_embeddings).iterdir():
+            file.copy(path / "text_embeddings" / file.name)
     text = json.dumps(dataclasses.asdict(checked), indent=2) + "\n"
     (path / "policy.json").write_text(text)
 
@@ -290,7 +298,8 @@ def _observation_spec(manifest: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         "video": _spec(np.uint8, batch, views, 1, *manifest.image_size, 3),
         "view_mask": _spec(np.bool_, batch, views),
-        "text": _spec(np.int32, batch, manifest.text_length),
+        "text": _spec(ml_dtypes.bfloat16, batch, manifest.text_length, manifest.text_width)
+                if manifest.text_width else _spec(np.int32, batch, manifest.text_length),
         "state": _spec(np.float32, batch, manifest.state_size),
         "state_mask": _spec(np.bool_, batch, manifest.state_size),
     }

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxvp.data import observation as unified
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.policy.bundle import Bundle
 
 
@@ -27,7 +28,12 @@ class PolicyRunner:
         self._bundle, self._manifest, self._seed = bundle, bundle.manifest, seed
         self._episodes: dict[int, str] = {}
         self._steps: dict[int, int] = {}
-        self._tokens = functools.lru_cache(ByteTokenizer(self._manifest.text_length).encode)
+        length = self._manifest.text_length
+        if self._manifest.text_width:
+            embeddings = TextEmbeddings(bundle.path / "text_embeddings")
+            self._text = functools.partial(embeddings.lookup, length=length)
+        else:
+            self._text = functools.lru_cache(ByteTokenizer(length).encode)
         self.latencies: list[float] = []
 
     def reset(self, slot: int, task: str = "", trial: int = 0, env=None):
@@ -43,7 +49,8 @@ class PolicyRunner:
             plan. A camera that is not among the images is masked.
 
         Raises:
-          ValueError: an observation is of another robot or shape than the policy was trained for.
+          ValueError: an observation is of another robot or shape than the policy was trained for,
+            or its text is none of those that were embedded.
         """
         keys = np.stack([self._key(slot) for slot in observations])
         batch = self.batch(list(observations.values()))
@@ -88,7 +95,7 @@ class PolicyRunner:
         return {
             "video": video,
             "view_mask": view_mask,
-            "text": self._tokens(unified.describe(
+            "text": self._text(unified.describe(
                 manifest.robot, manifest.camera_text, observation["instruction"])),
             "state": state,
             "state_mask": state_mask,

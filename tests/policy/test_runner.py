@@ -7,8 +7,10 @@ import pytest
 import toy_bundle
 
 from jaxvp.config import build
+from jaxvp.data import text_embeddings
+from jaxvp.data.observation import describe
 from jaxvp.data.text import ByteTokenizer
-from jaxvp.policy.bundle import Manifest
+from jaxvp.policy.bundle import Manifest, save
 from jaxvp.policy.runner import PolicyRunner
 
 
@@ -46,6 +48,40 @@ def test_plan_is_the_first_part_of_a_chunk_in_si_units():
     assert plan.shape == (3, 8) and plan.dtype == np.float32
     np.testing.assert_allclose(plan[:, 0], [-0.4, -0.2, 0.0], atol=1e-6)  # x in metres
     np.testing.assert_allclose(plan[:, 7], [0.0, 0.25, 0.5], atol=1e-6)  # gripper
+
+
+def test_embedded_text_comes_with_the_bundle(tmp_path):
+    seen = observation()
+    text = describe(seen["robot"], toy_bundle.tabletop.CAMERA_TEXT, seen["instruction"])
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    text_embeddings.add(tmp_path / "made", [text], "toy", 4, lambda texts: [rows])
+    values = toy_bundle.manifest(text_width=4, text_length=5)
+    bundle.save(tmp_path / "bundle", values, toy_bundle.PARAMS, b"", None, tmp_path / "made")
+    stand_in = Bundle(text_width=4, text_length=5)
+    stand_in.path = tmp_path / "bundle"
+    policy = runner(stand_in)
+    found = policy.batch([seen])["text"]
+    assert found.shape == (1, 5, 4) and found.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(found[0].astype(np.float32), [*rows, [0] * 4, [0] * 4])
+    with pytest.raises(ValueError, match="no embedding of the text.*fold the towel"):
+        policy.plan({0: observation(instruction="fold the towel")})
+
+
+def test_embedded_text_comes_with_the_bundle(tmp_path):
+    seen = observation()
+    text = describe(seen["robot"], toy_bundle.tabletop.CAMERA_TEXT, seen["instruction"])
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    text_embeddings.add(tmp_path / "made", [text], "toy", 4, lambda texts: [rows])
+    values = toy_bundle.manifest(text_width=4, text_length=5)
+    save(tmp_path / "bundle", values, toy_bundle.PARAMS, b"", None, tmp_path / "made")
+    bundle = Bundle(text_width=4, text_length=5)
+    bundle.path = tmp_path / "bundle"
+    policy = runner(bundle)
+    found = policy.batch([seen])["text"]
+    assert found.shape == (1, 5, 4) and found.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(found[0].astype(np.float32), [*rows, [0] * 4, [0] * 4])
+    with pytest.raises(ValueError, match="no embedding of the text.*fold the towel"):
+        policy.plan({0: observation(instruction="fold the towel")})
 
 
 def test_batch():
