@@ -16,7 +16,7 @@ from configs import pretrain
 VARIANTS = {
     "": {"init_from": "runs/pretrain", "steps": 1800},
     "untuned": {"init_from": "", "steps": 1800},
-    "all": {"init_from": "runs/pretrain_all", "steps": 7200},
+    "all": {"init_from": "runs/pretrain_all", "steps": 5400},
 }
 
 

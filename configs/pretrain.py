@@ -7,7 +7,7 @@
 
 `tabletop`, the default, has two tasks, `lift_tray` (both arms) and `red_on_plate`, and is cut to
 what two CPU cores learn in minutes: time and numbers are in the README, measured by
-launch/local.sh. `all` has the 13 seen tasks and four times the steps.
+launch/local.sh. `all` has the 13 seen tasks and three times the steps.
 
 `wan-1.3b`, `wan-5b` and `wan-14b` continue Wan's video pretraining on robot video, with Vidar's
 mixture (arXiv 2507.12898; sizes of its sources as in Vidarc, arXiv 2512.17661): three views on one
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 TABLETOP = {
     "": {"path": "data/tabletop", "tasks": ("core",), "episodes": 1000, "steps": 1400},
-    "all": {"path": "data/tabletop_all", "tasks": ("seen",), "episodes": 6500, "steps": 5600},
+    "all": {"path": "data/tabletop_all", "tasks": ("seen",), "episodes": 6500, "steps": 4200},
 }
 TABLETOP["tabletop"] = TABLETOP[""]
 # Codec version; clips in a batch: for 256 chips, so many tokens each that the network keeps up.

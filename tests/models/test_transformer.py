@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvp.models.transformer import REMAT, VideoTransformer, sinusoid
+from jaxvp.models.transformer import REMAT, SIZES, VideoTransformer, resolve_size, sinusoid
 
 MODEL = VideoTransformer(channels=12, width=32, layers=3, heads=2, ffn=48, text_width=8)
 
@@ -78,15 +78,57 @@ def test_samples_do_not_depend_on_the_batch(params, inputs):
     np.testing.assert_allclose(both[:1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"unroll": 3}, *({"remat": name} for name in REMAT)])
-def test_compilation_options_keep_the_gradient(params, inputs, change):
+@pytest.fixture(scope="module")
+def gradient(params, inputs):
     def loss(p, model):
-        return jnp.square(model(p, *inputs)[0] - 1).mean()
+        out, features = model(p, *inputs, taps=(1,))
+        return jnp.square(out - 1).mean() + jnp.square(features[1]).mean()
 
+    return jax.jit(jax.grad(loss), static_argnums=1), jax.grad(loss)(params, MODEL)
+
+
+@pytest.mark.parametrize("change", [{"unroll": 3}, {"remat": "none"},
+                                    *({"remat": name} for name in REMAT if name != MODEL.remat)],
+                         ids=str)
+def test_compilation_options_keep_the_gradient(params, gradient, change):
     other = VideoTransformer(**{**MODEL.__dict__, **change})
-    grads = jax.jit(jax.grad(loss), static_argnums=1)
-    for a, b in zip(*(jax.tree.leaves(grads(params, m)) for m in (MODEL, other)), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (gradient[0](params, other), gradient[1])), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_features_alone_are_those_beside_the_velocity(params, inputs):
+    _, expected = run(MODEL, params, *inputs, taps=(0, 1))
+    out, features = run(MODEL, params, *inputs, taps=(0, 1), velocity=False)
+    assert out is None
+    for tap in (0, 1):
+        np.testing.assert_allclose(features[tap], expected[tap], atol=1e-5)
+
+
+@pytest.mark.parametrize("size,count", [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584),
+                                        ("wan-5b", 4_999_787_712), ("wan-7m", None)])
+def test_wan_sizes_have_wans_number_of_parameters(size, count):
+    """The counts are those of diffusers' WanTransformer3DModel with the published configs."""
+    model = VideoTransformer(**resolve_size({"size": size}))
+    d, f, t, c = model.width, model.ffn, model.text_width, 4 * model.channels
+    attention = 4 * (d * d + d) + 2 * d
+    block = 6 * d + 2 * attention + 2 * d + (d * f + f) + (f * d + d)
+    stem = (c * d + d) + (256 * d + d) + (d * d + d) + (6 * d * d + 6 * d) + (t * d + d) + (
+        d * d + d)
+    total = stem + model.layers * block + 2 * d + (d * c + c)
+    assert model.parameter_count == total == (count or total)
+
+
+def test_flops_are_those_of_the_published_runs():
+    """MaxDiffusion prints 4 x 4893.27 TFLOP for a training step of 14B at 720p and 81 frames."""
+    model = VideoTransformer(**SIZES["wan-14b"])
+    assert 3 * model.flops(75_600, 512) == pytest.approx(4 * 4893.27e12, rel=1e-3)
+
+
+def test_a_size_can_be_changed_in_part():
+    assert resolve_size({"size": "wan-7m", "layers": 2})["layers"] == 2
+    assert resolve_size({"width": 8}) == {"width": 8}
+    with pytest.raises(ValueError, match="'wan-2b' does not exist: choose one of wan-1.3b, "):
+        resolve_size({"size": "wan-2b"})
 
 
 def test_bfloat16_stays_close_and_returns_float32(params, inputs):
@@ -106,11 +148,15 @@ def test_sinusoid_has_cosines_first():
 
 def test_bad_sizes_are_named(params, inputs):
     latents, timestep, text = inputs
-    with pytest.raises(ValueError, match="multiples of patch"):
+    with pytest.raises(ValueError, match="multiples of patch.*nearest are 3 x 2 x 6"):
         MODEL(params, latents[:, :, :3], timestep, text)
     with pytest.raises(ValueError, match="taps"):
         MODEL(params, *inputs, taps=(3,))
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(ValueError, match="velocity=False"):
+        MODEL(params, *inputs, velocity=False)
+    with pytest.raises(ValueError, match="heads 4: the nearest is 32"):
         VideoTransformer(channels=4, width=30, heads=4)
+    with pytest.raises(ValueError, match="remat 'half' does not exist: choose one of none, full"):
+        VideoTransformer(channels=4, remat="half")
     with pytest.raises(ValueError, match="timesteps do not divide"):
         MODEL(params, latents, jnp.ones((2, 4)), text)
