@@ -11,6 +11,8 @@ as it is: do not expect a good policy of so few steps.
 from ml_collections import ConfigDict
 
 from configs import pretrain
+from jaxvp.config import complete
+from jaxvp.step import TrainConfig
 
 
 def get_config() -> ConfigDict:
@@ -36,4 +38,4 @@ def get_config() -> ConfigDict:
     config.validate_every = 0  # A handful of demonstrations leaves none to hold out.
     config.sample_every = 0
     config.save_every = 50
-    return config
+    return ConfigDict(complete(TrainConfig, config.to_dict()))

@@ -18,6 +18,9 @@ measured: `python -m jaxvp.plan`, tables in benchmarks/results.
 
 from ml_collections import ConfigDict
 
+from jaxvp.config import complete
+from jaxvp.step import TrainConfig
+
 TABLETOP = {
     "": {"path": "data/tabletop", "tasks": ("core",), "episodes": 1000, "steps": 1400},
     "all": {"path": "data/tabletop_all", "tasks": ("seen",), "episodes": 6500, "steps": 4200},
@@ -33,14 +36,17 @@ WAN = {
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant in WAN:
-        return wan(variant, **WAN[variant])
-    if variant in TABLETOP:
-        return tabletop(**TABLETOP[variant])
-    raise ValueError(f"configs/pretrain.py:{variant}: variants are {sorted({*TABLETOP, *WAN})}.")
+        config = wan(variant, **WAN[variant])
+    elif variant in TABLETOP:
+        config = tabletop(**TABLETOP[variant])
+    else:
+        known = sorted({*TABLETOP, *WAN})
+        raise ValueError(f"configs/pretrain.py:{variant}: variants are {known}.")
+    return ConfigDict(complete(TrainConfig, config))
 
 
-def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> ConfigDict:
-    return ConfigDict({
+def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
+    return {
         "method": {
             "name": "video_policy",
             "video": {"width": 128, "layers": 4, "heads": 2, "ffn": 512, "unroll": 4},
@@ -74,11 +80,11 @@ def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> ConfigDict:
         "validation_batches": 4,
         "sample_every": 500,
         "save_every": 500,
-    })
+    }
 
 
-def wan(size: str, version: str, batch_size: int) -> ConfigDict:
-    return ConfigDict({
+def wan(size: str, version: str, batch_size: int) -> dict:
+    return {
         "method": {
             "name": "video_policy",
             "video": {"size": size, "dtype": "bfloat16", "remat": "full"},
@@ -93,6 +99,7 @@ def wan(size: str, version: str, batch_size: int) -> ConfigDict:
             "video_steps": 50,
             "guidance": 5.0,
         },
+        "pretrained": {"video": "", "codec": ""},
         "stage": "video",
         "execution_horizon": 8,
         "data": {
@@ -123,4 +130,4 @@ def wan(size: str, version: str, batch_size: int) -> ConfigDict:
         "validate_every": 500,
         "sample_every": 1000,
         "save_every": 500,
-    })
+    }

@@ -2,8 +2,9 @@
 
 Sources. TPU peaks, memory bandwidths and topologies: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e.
 ICI per link and direction, DCN and PCIe per chip, wrap-around, 1 us per hop: jax-ml.github.io/
-scaling-book/tpus and /sharding. TPU memory: what the compiler says that a program may use ("of
-95.74G hbm"). GPUs: dense bf16 and memory of NVIDIA's data sheets (A100 80 GB, H100 SXM, H200, B200).
+scaling-book/tpus and /sharding. TPU memory: what the compiler says that a program may use
+("exceeds available HBM (95.74G)"). GPUs: dense bf16, memory and bandwidth of NVIDIA's data sheets
+(A100 80 GB, H100 SXM, H200, B200).
 """
 
 import dataclasses
@@ -118,8 +119,8 @@ class Machine:
         slices each chip sends its part. What else is on the wire meanwhile is not seen.
 
         Args:
-          kind: of the collective, see `hlo.COLLECTIVES`.
-          size: bytes of the whole array, as `hlo.Collective.bytes`.
+          kind: of the collective, see `hlo_analysis.COLLECTIVES`.
+          size: bytes of the whole array, as `hlo_analysis.Collective.bytes`.
           where: int[G, n, axes], torus coordinates of the members of every group.
           slices: int[G, n], their slices.
         """
@@ -189,7 +190,8 @@ def shapes(chip: Chip) -> list[tuple[int, ...]]:
     sides = range(4, chip.largest // 16 + 1, 4)
     cubes = [(a, b, c) for a in sides for b in sides if a <= b and a * b * b <= chip.largest
              for c in sides if b <= c and a * b * c <= chip.largest]
-    return [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *sorted(cubes, key=lambda s: (math.prod(s), s))]
+    cubes.sort(key=lambda sides: (math.prod(sides), sides))
+    return [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *cubes]
 
 
 def smaller(machine: Machine, least: int = 1) -> list[Machine]:
@@ -198,7 +200,8 @@ def smaller(machine: Machine, least: int = 1) -> list[Machine]:
     by_chips = {}
     for shape in shapes(machine.chip):
         chips = math.prod(shape)
-        if chips not in by_chips or max(shape) < max(by_chips[chips]):
+        if chips not in by_chips or sum(shape) < sum(by_chips[chips]):
             by_chips[chips] = shape
-    counts = [n for n in by_chips if n < math.prod(machine.shape) and n >= least and not n & (n - 1)]
-    return [Machine(machine.chip, by_chips[n], machine.slices) for n in sorted(counts)] + [machine]
+    most = math.prod(machine.shape)
+    counts = sorted(n for n in by_chips if least <= n < most and not n & (n - 1))
+    return [Machine(machine.chip, by_chips[n], machine.slices) for n in counts] + [machine]

@@ -5,12 +5,16 @@ stands in a config file.
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import inspect
 import json
 import math
+import pathlib
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -58,6 +62,49 @@ def build(cls: Callable, mapping: Mapping, where: str = "config"):
     hints = typing.get_type_hints(declared)
     return cls(**{key: _convert(value, hints.get(key, typing.Any), f"{where}.{key}")
                   for key, value in mapping.items()})
+
+
+def complete(cls: type, mapping: Mapping) -> dict:
+    """`mapping` with the defaults of the dataclass `cls` for what it leaves out, in nested
+    dataclasses too: a flag can change only what a config names."""
+    hints, result = typing.get_type_hints(cls), dict(mapping)
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            result.setdefault(field.name, field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            result.setdefault(field.name, field.default_factory())
+        if dataclasses.is_dataclass(hints[field.name]) and field.name in result:
+            value = result[field.name]
+            nested = value if _is_mapping(value) else dataclasses.asdict(value)
+            result[field.name] = complete(hints[field.name], nested)
+    return result
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """For `app.run`: absl's parser, whose errors about flags and a --config become one line."""
+    from absl import flags
+    try:
+        rest = flags.FLAGS(arguments)
+        _ = flags.FLAGS.config.keys  # A file that cannot be loaded is told upon its first use.
+        return rest
+    except (AttributeError, KeyError) as error:
+        what = " ".join(str(error.args[0]).replace("\\n", " ").replace("\n", " ").split())
+        sys.exit(f"error: a --config flag names a key that the config does not have: {what}")
+    except (flags.Error, ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def one_line_errors(folder: str = str(pathlib.Path(__file__).parent)):
+    """Ends the program with one line for an error that jaxvp itself raises about what it was
+    given; what comes out of a library, or is a bug, keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not where.startswith(folder) and not isinstance(error, ConfigError):
+            raise
+        sys.exit(f"error: {error}")
 
 
 def to_json(config: Mapping) -> str:

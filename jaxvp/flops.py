@@ -8,7 +8,7 @@ import jax
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh
 
-from jaxvp import optim, rules, sharding, step
+from jaxvp import optim, sharding, step
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.observation import LAYOUTS, canvas
 
@@ -23,10 +23,9 @@ def model_flops(config: step.TrainConfig, spec: ClipSpec) -> dict[str, float]:
     Returns:
       {component: FLOPs}; the sum is what the MFU counts.
     """
-    options = dict(config.method)
-    if "video" in options:
-        options["video"] = {**options["video"], "remat": "none", "attention": "xla"}
-    method = step.make_method(dataclasses.replace(config, method=options), spec)
+    video = {**config.method["video"], "remat": "none", "attention": "xla"}
+    method = step.make_method(
+        dataclasses.replace(config, method={**config.method, "video": video}), spec)
     params = jax.eval_shape(lambda: method.init(jax.random.key(0)))
     trained = optim.trainable(
         optim.resolve(config.optimizer, params, method.frozen(config.stage)))
@@ -41,20 +40,16 @@ def model_flops(config: step.TrainConfig, spec: ClipSpec) -> dict[str, float]:
         return jax.grad(loss)(params)
 
     total = traced_flops(gradient, params, clip, keys)
-    parts = {}
-    transformer = getattr(method, "transformer", None)
-    if transformer is not None:
-        named = rules.named_leaves(trained)
-        passes, blocks = 3, transformer.layers
-        if not any(yes for name, yes in named.items() if name.startswith("video/")):
-            passes, blocks = 1, max(method.taps) + 1  # Only for its features.
-        text = spec.text_length if spec.text_width else method.text_encoder.tokens
-        parts = {f"video {name}": passes * flops for name, flops in block_flops(
-            transformer, math.prod(method.grid), text, blocks).items()}
-    if hasattr(method, "video_codec"):
-        frames = jax.eval_shape(lambda video, mask: canvas(video, mask, LAYOUTS[method.layout]),
-                                clip["video"], clip["view_mask"])
-        parts["codec"] = traced_flops(method.video_codec.encode, params.get("codec", {}), frames)
+    passes, blocks = 3, method.transformer.layers
+    if not any(jax.tree.leaves(trained["video"])):
+        passes, blocks = 1, max(method.taps) + 1  # Only for its features.
+    text = (max(spec.text_length, method.text_tokens) if spec.text_width
+            else method.text_encoder.tokens)
+    parts = {f"video {name}": passes * flops for name, flops in block_flops(
+        method.transformer, math.prod(method.grid), text, blocks).items()}
+    frames = jax.eval_shape(lambda video, mask: canvas(video, mask, LAYOUTS[method.layout]),
+                            clip["video"], clip["view_mask"])
+    parts["codec"] = traced_flops(method.video_codec.encode, params.get("codec", {}), frames)
     return parts | {"all else": total - sum(parts.values())}
 
 

@@ -8,19 +8,27 @@ from ml_collections import config_flags
 
 from jaxvp import config as config_lib
 from jaxvp import distributed
-from jaxvp.train import train
+from jaxvp.step import TrainConfig
+from jaxvp.train import check, train
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
     logging.set_verbosity(logging.WARNING)  # JAX tells which backends it did not find.
+    with config_lib.one_line_errors():
+        start()
+
+
+def start():
+    """Trains what the flags say."""
     distributed.initialize()
     settings = flags.FLAGS
     config = settings.config
     file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
     name = "_".join(filter(None, (pathlib.Path(file).stem, variant)))
     workdir = settings.workdir or pathlib.Path("runs") / name
+    check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
     if config.get("embedded") and jax.process_index() == 0:
         build_embedded(config)
     train(config, workdir, settings.dry_run)
@@ -49,7 +57,7 @@ def run():
         "is there already is continued.")
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=config_lib.parse_flags)
 
 
 if __name__ == "__main__":

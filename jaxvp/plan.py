@@ -6,8 +6,8 @@
 
 Compiles the real training step with the real TPU compiler, on a CPU (extra `tpu`), and reads
 memory, FLOPs, bytes and collectives from the result. `--dry_run` compiles nothing and gives the
-memory, with the activations estimated, in seconds; for GPUs that is all there is. `--sweep` does the
-same batch on smaller slices too and says from where on communication takes longest.
+memory, with the activations estimated, in seconds; for GPUs that is all there is. `--sweep` does
+the same batch on smaller slices too and says from where on communication takes longest.
 
 The bound is the largest of four times at full rate, as if all overlapped perfectly: the compiled
 FLOPs, recomputation included; the bytes of HBM; collectives inside of a slice; those between
@@ -35,7 +35,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from jaxvp import chips, hlo, rules, sharding, step
+from jaxvp import chips, hlo_analysis, rules, sharding, step
 from jaxvp import config as config_lib
 from jaxvp.chips import GIB, Machine
 from jaxvp.data import mixture
@@ -115,6 +115,10 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
       ImportError: the TPU compiler is missing.
     """
     spec = mixture.clip_spec(config.data)
+    for size in ("action_size", "state_size"):
+        if not getattr(spec, size):
+            raise ValueError(f"config.data.{size} is 0, the largest of the data; a plan reads no "
+                             f"data: set it in the config.")
     dry_run = dry_run or not machine.chip.axes
     mesh = _abstract_mesh(config.mesh, machine) if dry_run else \
         sharding.make_mesh(config.mesh, machine.devices())
@@ -145,7 +149,7 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
     plan.hbm_bytes_per_chip = sum(memory.values())
     plan.fits = plan.hbm_bytes_per_chip <= plan.hbm_capacity_bytes
     if not plan.fits:
-        plan.advice = advice(plan, config)
+        plan.advice = advice(plan, config, built.method.transformer.remat)
     return plan
 
 
@@ -187,18 +191,17 @@ def _state_bytes(abstract: Mapping) -> tuple[dict[str, float], dict[str, float]]
 def _activation_bytes(config, spec, mesh) -> float:
     """Bytes per chip that the forward pass keeps for the backward pass, as differentiation finds
     them, before the compiler; with remat also what one block has while it is computed again."""
-    video = config.method.get("video", {})
-    kept, method = _residuals(config, spec, mesh, video)
-    if video.get("remat", "none") != "none":
-        everything, _ = _residuals(config, spec, mesh, {**video, "remat": "none"})
-        kept += everything / method.transformer.layers
+    kept, method = _residuals(config, spec, mesh)
+    if method.transformer.remat != "none":
+        kept += _residuals(config, spec, mesh, remat="none")[0] / method.transformer.layers
     return kept
 
 
-def _residuals(config, spec, mesh, video):
+def _residuals(config, spec, mesh, **video):
     # Attention as on accelerators, where it never keeps its scores.
-    options = {**config.method, "video": {**video, "attention": "chunked"}}
-    method = step.make_method(dataclasses.replace(config, method=options), spec)
+    video = {**config.method["video"], "attention": "chunked", **video}
+    method = step.make_method(
+        dataclasses.replace(config, method={**config.method, "video": video}), spec)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = max(1, config.batch_size // (shards * config.microbatches))
     clip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -241,7 +244,7 @@ def _compile(plan: Plan, config, spec, built, machine: Machine):
     plan.memory["program"] = float(used.generated_code_size_in_bytes)
     if used.host_temp_size_in_bytes:
         plan.host_memory[TRANSIENT] = float(used.host_temp_size_in_bytes)
-    roofline(plan, hlo.analyze(compiled.as_text(), machine.chips), machine, built.mesh)
+    roofline(plan, hlo_analysis.analyze(compiled.as_text(), machine.chips), machine, built.mesh)
 
 
 def _needed(message: str, state: float) -> float:
@@ -257,7 +260,7 @@ def _needed(message: str, state: float) -> float:
     return float(found.group(1)) * units[found.group(2)]
 
 
-def roofline(plan: Plan, analysis: hlo.Analysis, machine: Machine, mesh: jax.sharding.Mesh):
+def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine, mesh: jax.sharding.Mesh):
     """Fills in times, MFU and collectives from what the compiled step does."""
     chip = machine.chip
     devices = mesh.devices.flatten()
@@ -274,7 +277,7 @@ def roofline(plan: Plan, analysis: hlo.Analysis, machine: Machine, mesh: jax.sha
             blocking += (near + far) * collective.times
         plan.collectives.append({
             "kind": collective.kind + (" (gathers)" if collective.gathers else ""),
-            "axes": hlo.mesh_axes(groups, mesh.shape), "bytes": collective.bytes,
+            "axes": hlo_analysis.mesh_axes(groups, mesh.shape), "bytes": collective.bytes,
             "times": collective.times, "seconds": (near + far) * collective.times,
             "background": collective.background, "source": collective.source})
     plan.collectives.sort(key=lambda c: -c["seconds"])
@@ -292,8 +295,9 @@ def roofline(plan: Plan, analysis: hlo.Analysis, machine: Machine, mesh: jax.sha
     plan.mfu_estimate = ideal / plan.step_seconds_estimate
 
 
-def advice(plan: Plan, config: step.TrainConfig) -> list[str]:
-    """What to change so that the step fits, what helps most first; GiB are per chip."""
+def advice(plan: Plan, config: step.TrainConfig, remat: str) -> list[str]:
+    """What to change so that the step fits, what helps most first; GiB are per chip. `remat` is
+    that of the video transformer."""
     mesh, memory, capacity = plan.mesh, plan.memory, plan.hbm_capacity_bytes
     state = sum(memory.get(label, 0.0) for label in STATE.values())
     rest = plan.hbm_bytes_per_chip - state
@@ -317,8 +321,7 @@ def advice(plan: Plan, config: step.TrainConfig) -> list[str]:
         say(rest * (1 - 1 / factor),
             f"config.microbatches={config.microbatches * factor}: {rows // factor} instead of "
             f"{rows} clips per chip at a time; activations shrink about {factor} times.")
-    video = config.method.get("video", {})
-    if video.get("remat", "none") != "full":
+    if remat != "full":
         say(rest / 2, "config.method.video.remat='full': only the inputs of blocks are kept.")
     if rows <= 1:
         say(rest / 2, f"config.mesh.context={2 * mesh['context']}: tokens of a clip over twice as "

@@ -44,7 +44,7 @@ class TrainConfig:
       init_from: workdir or checkpoint whose parameters start this run; resume: one whose whole
         state does. See `checkpoint.restore_or_init`.
       pretrained: part of the method ("video", "codec") to the weights that a run from scratch takes
-        it from, see `base.Method.load`.
+        it from, see `base.Method.load`; "": none.
       embedded: options of the tabletop builder, which makes the first data source when it is
         absent; empty: never.
     """
@@ -106,6 +106,8 @@ class Step:
         """`state` with the parts of its parameters that `pretrained` names read from files."""
         params = dict(state["params"])
         for part, path in pretrained.items():
+            if not path:
+                continue
             if part not in params:
                 raise config_lib.ConfigError(f"config.pretrained.{part}: the method has the parts "
                                              f"{sorted(params)}.")

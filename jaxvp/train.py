@@ -23,6 +23,17 @@ MAY_DIFFER = ("log_every", "validate_every", "sample_every", "save_every", "keep
               "offload_optimizer", "data.num_threads", "data.prefetch", "data.cache_bytes")
 
 
+def check(config: step_lib.TrainConfig, workdir: epath.PathLike) -> jax.sharding.Mesh:
+    """The mesh; raises what can be known to be wrong without looking at any data."""
+    own = epath.Path(workdir) / "checkpoints"
+    if not any(path.name.isdigit() for path in own.glob("*")):  # Else it continues from there.
+        for path in filter(None, (config.resume, config.init_from)):
+            checkpoint.find_step(path)
+    mesh = sharding.make_mesh(config.mesh)
+    step_lib.check_batch(config, mesh)
+    return mesh
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after `step`."""
     return bool(every) and (step % every == 0 or step == last)
@@ -44,7 +55,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     workdir = epath.Path(workdir)
     main_process = jax.process_index() == 0
     config_lib.check_workdir(workdir, raw_config, MAY_DIFFER, write=main_process and not dry_run)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = check(config, workdir)
     everywhere = NamedSharding(mesh, P())
 
     # -- Data ------------------------------------------------------------------------------------

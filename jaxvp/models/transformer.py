@@ -329,7 +329,9 @@ class _Stem(nnx.Module):
 
     def __call__(self, x, timestep, text):
         time = sinusoid(timestep, self.time_1.in_features)
+        time = sharding.constrain(time, sharding.BATCH, None, None)
         time = self.time_2(jax.nn.silu(self.time_1(time)))
+        time = sharding.constrain(time, sharding.BATCH, None, None)
         modulation = rearrange(self.time_proj(jax.nn.silu(time)), "b g (s d) -> b g s d", s=6)
         modulation = sharding.constrain(modulation, sharding.BATCH, None, None, None)
         text = self.text_2(jax.nn.gelu(self.text_1(text), approximate=True))

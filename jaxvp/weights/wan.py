@@ -173,26 +173,29 @@ def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
             f"what fits is {fits}.")
 
 
-def main(argv):
+def export(workdir: str | Path, out: str | Path, dtype: str):
+    """Writes the averaged parameters of a run's video transformer; see `save`."""
     from jaxvp import checkpoint
     from jaxvp import config as config_lib
     from jaxvp.data.clips import ClipSpec
     from jaxvp.step import TrainConfig, make_method
 
+    assets = checkpoint.restore_json(workdir, "assets")
+    method = make_method(config_lib.build(TrainConfig, assets["config"], "config"),
+                         config_lib.build(ClipSpec, assets["spec"], "spec"))
+    save(checkpoint.restore_params(workdir)["video"], method.transformer, out, dtype=dtype)
+    print(f"{out}: {method.transformer.parameter_count:,} parameters in {dtype}, for diffusers' "
+          "WanTransformer3DModel.")
+
+
+def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
     logging.set_verbosity(logging.WARNING)
-    settings = flags.FLAGS
     try:
-        assets = checkpoint.restore_json(settings.workdir, "assets")
-        method = make_method(config_lib.build(TrainConfig, assets["config"], "config"),
-                             config_lib.build(ClipSpec, assets["spec"], "spec"))
-        params = checkpoint.restore_params(settings.workdir)["video"]
-        save(params, method.transformer, settings.out, dtype=settings.dtype)
+        export(flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{settings.out}: {method.transformer.parameter_count:,} parameters, as "
-          f"{settings.dtype} in the diffusers layout.")
 
 
 if __name__ == "__main__":

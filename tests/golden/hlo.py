@@ -28,7 +28,8 @@ def make(folder: Path):
 
 def compile_step(mesh_config: sharding.MeshConfig, options: dict) -> str:
     mesh = sharding.make_mesh(mesh_config, chips.parse("v5p:4x4x4").devices())
-    specs = {"qkv": P(None, "fsdp", None), "up": P(None, "fsdp", None), "down": P(None, None, "fsdp")}
+    specs = {"qkv": P(None, "fsdp", None), "up": P(None, "fsdp", None),
+             "down": P(None, None, "fsdp")}
     shapes = {"qkv": (WIDTH, 3 * WIDTH), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 
     def gathered(spec):

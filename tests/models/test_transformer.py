@@ -7,7 +7,7 @@ from jaxvp.models.transformer import REMAT, SIZES, VideoTransformer, resolve_siz
 
 MODEL = VideoTransformer(channels=12, width=32, layers=3, heads=2, ffn=48, text_width=8)
 
-run = jax.jit(VideoTransformer.__call__, static_argnums=0, static_argnames="taps")
+run = jax.jit(VideoTransformer.__call__, static_argnums=0, static_argnames=("taps", "velocity"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def gradient(params, inputs):
         out, features = model(p, *inputs, taps=(1,))
         return jnp.square(out - 1).mean() + jnp.square(features[1]).mean()
 
-    return jax.jit(jax.grad(loss), static_argnums=1), jax.grad(loss)(params, MODEL)
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    return grad, grad(params, MODEL)
 
 
 @pytest.mark.parametrize("change", [{"unroll": 3}, {"remat": "none"},

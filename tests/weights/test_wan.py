@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxvp import rules, sharding
+from configs import pretrain
+from jaxvp import checkpoint, rules, sharding, step
+from jaxvp.config import build
+from jaxvp.data.clips import ClipSpec
 from jaxvp.models.attention import rope_table, rotate
 from jaxvp.models.transformer import SIZES, WAN_RULES, VideoTransformer, unpatchify
 from jaxvp.weights import streaming, wan
@@ -149,3 +152,22 @@ def test_what_is_not_the_model_is_named(params, tmp_path):
     assert not found["head"]["proj_out"]["kernel"].any()
     np.testing.assert_array_equal(found["blocks"]["ffn_1"]["bias"],
                                   params["blocks"]["ffn_1"]["bias"])
+
+
+def test_a_run_is_exported(tmp_path):
+    spec = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=4, fps=2.5,
+                    chunk=4, height=16, width=16, text_length=96, action_size=8, state_size=8)
+    method = {"name": "video_policy", "taps": (0,), "text": {"width": 8},
+              "video": {"width": 16, "layers": 2, "heads": 2, "ffn": 32},
+              "head": {"width": 16, "layers": 1, "heads": 2}}
+    config = pretrain.get_config().to_dict() | {"method": method}
+    made = step.make_method(build(step.TrainConfig, config), spec)
+    params = jax.jit(made.init)(jax.random.key(0))
+    state = {"params": params, "ema": jax.tree.map(lambda x: x + 1, params), "opt_state": {"count": jnp.ones(1)}}
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+    checkpoints.save(1, state, data={}, assets=checkpoint.run_assets(config, spec, {}, {}))
+    checkpoints.close()
+    wan.export(tmp_path / "run", tmp_path / "out", "bfloat16")
+    found, _ = wan.load(tmp_path / "out", made.transformer)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)),
+                 found, state["ema"]["video"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden import hlo as golden
 
-from jaxvp import hlo
+from jaxvp import hlo_analysis as hlo
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,7 +47,8 @@ def test_permute_pairs_and_axes():
 
 
 @pytest.mark.parametrize("text", [
-    "", "some text", "HloModule m\n\n%f (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"])
+    "", "some text",
+    "HloModule m\n\n%f (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"])
 def test_what_is_no_module(text):
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.analyze(text)

@@ -1,0 +1,319 @@
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from golden import hlo as golden
+
+from configs import pretrain
+from jaxvp import chips, flops, hlo_analysis, plan, sharding, step
+from jaxvp import config as config_lib
+from jaxvp.data import mixture
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def make_config(**changes) -> step.TrainConfig:
+    """The tabletop config, in the shape that `changes` give it; dotted keys."""
+    raw = pretrain.get_config().to_dict()
+    raw["data"] |= {"action_size": 8, "state_size": 8}
+    raw["method"]["video"] |= {"layers": 2, "unroll": 1}
+    raw["method"]["taps"] = (0, 1)
+    raw |= {"batch_size": 64, "mesh": {"data": 1, "fsdp": -1}}
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        at = raw
+        for parent in parents:
+            at = at[parent]
+        at[leaf] = value
+    return config_lib.build(step.TrainConfig, raw, "config")
+
+
+# Chips.
+
+@pytest.mark.parametrize("topology, number", [
+    ("v5p:8x16x16", 2048), ("v5p:4x4x4", 64), ("v6e:16x16", 256), ("v5e:16x16", 256),
+    ("v5e:1x1", 1), ("h200:8", 8), ("h100:64", 64)])
+def test_topologies(topology, number):
+    assert chips.parse(topology).chips == number
+    assert str(chips.parse(topology)) == topology
+
+
+@pytest.mark.parametrize("topology, message", [
+    ("v9:4x4", r"no chip 'v9'; there are v5e, v5p, v6e"),
+    ("v5p", r"expected v5p:AxBxC"),
+    ("v5p:4x4x", r"expected v5p:AxBxC"),
+    ("v5p:0x4x4", r"expected v5p:AxBxC"),
+    ("v5p:3x4x4", r"no slice of this shape. Nearest: v5p:4x4x4"),
+    ("v5p:16x16x8", r"Nearest: v5p:8x16x16"),
+    ("v6e:16x32", r"Nearest: v6e:16x16"),
+    ("v6e:4x4x4", r"Nearest: v6e:8x8"),
+    ("h200:7", r"Nearest: h200:8, h200:4"),
+])
+def test_a_topology_that_does_not_exist(topology, message):
+    with pytest.raises(ValueError, match=message):
+        chips.parse(topology)
+
+
+def test_gpus_have_no_slices_and_no_compiler():
+    with pytest.raises(ValueError, match="--slices=2 of h200:8"):
+        chips.parse("h200:8", 2)
+    with pytest.raises(ValueError, match="no compiler for absent GPUs"):
+        chips.parse("h200:8").devices()
+
+
+def test_smaller_slices():
+    assert [str(m) for m in chips.smaller(chips.parse("v5p:8x16x16"), 64)] == [
+        "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16", "v5p:8x16x16"]
+    assert [m.chips for m in chips.smaller(chips.parse("h200:16"))] == [1, 2, 4, 8, 16]
+
+
+def network(topology, kind, size, sides, slices=1):
+    """Seconds on ICI and DCN of one group over a box of chips."""
+    machine = chips.parse(topology, slices)
+    where = np.stack(np.meshgrid(*map(np.arange, sides), indexing="ij"), -1).reshape(-1, len(sides))
+    of_slice = np.repeat(np.arange(slices), len(where))
+    return machine.network_seconds(kind, size, np.tile(where, (slices, 1))[None], of_slice[None])
+
+
+def test_network():
+    gib, link = 2**30, chips.CHIPS["v5p"].link
+    ring, _ = network("v5p:4x4x4", "all-gather", gib, (1, 1, 4))
+    assert ring == pytest.approx(gib * 3 / 4 / (2 * link))
+    torus, _ = network("v5p:4x4x4", "all-gather", gib, (4, 4, 4))
+    assert torus == pytest.approx(gib * 63 / 64 / (6 * link))
+    assert network("v5p:4x4x4", "all-reduce", gib, (4, 4, 4))[0] == pytest.approx(2 * torus)
+    assert network("v5p:4x4x4", "reduce-scatter", gib, (4, 4, 4))[0] == torus
+    line, _ = network("v6e:4x4", "all-gather", gib, (1, 4))  # Only 16 chips make a ring.
+    assert line == pytest.approx(gib * 3 / 4 / link)
+    assert network("v5p:4x4x4", "collective-permute", gib, (1, 1, 2))[0] == gib / link
+    assert network("v5p:4x4x4", "all-to-all", gib, (1, 1, 4))[0] == pytest.approx(gib / 2 / link)
+    assert network("v5p:4x4x4", "all-reduce", 4, (4, 4, 4)) == (2 * 6 * chips.HOP_SECONDS, 0)
+    near, far = network("v5p:4x4x4", "all-reduce", gib, (4, 4, 4), slices=2)
+    assert near == pytest.approx(2 * torus)
+    assert far == pytest.approx(2 * gib / 64 / 2 / chips.CHIPS["v5p"].dcn)
+
+
+# FLOPs.
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_model_flops(stage):
+    config = make_config(stage=stage)
+    spec = mixture.clip_spec(config.data)
+    found = flops.model_flops(config, spec)
+    recomputing = dataclasses.replace(config, method={
+        **config.method, "video": {**config.method["video"], "remat": "full"}})
+    assert flops.model_flops(recomputing, spec) == found
+    assert all(value >= 0 for value in found.values())
+    assert found["all else"] < sum(found.values()) * (0.1 if stage == "video" else 0.8)
+
+
+def test_closed_form_is_what_the_transformer_does():
+    config = make_config()
+    method = step.make_method(config, mixture.clip_spec(config.data))
+    model, tokens = method.transformer, int(np.prod(method.grid))
+    closed = sum(flops.block_flops(model, tokens, 12, model.layers).values())
+    assert closed == model.flops(tokens, 12)
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (
+        (1, *method.latent_shape), (1,), (1, 12, model.text_width))]
+    traced = flops.traced_flops(lambda *a: model(*a)[0], jax.eval_shape(
+        model.init, jax.random.key(0)), *shapes)
+    assert closed < traced < 1.3 * closed  # With embeddings and head.
+
+
+def test_traced_flops_leave_out_what_is_not_needed():
+    x = jax.ShapeDtypeStruct((8, 8), np.float32)
+    product = 2 * 8**3
+    assert flops.traced_flops(lambda x: (x @ x, x @ x @ x)[0], x) == product
+    assert flops.traced_flops(jax.grad(lambda x: jax.lax.scan(
+        lambda y, _: (y @ x, None), x, None, length=5)[0].sum()), x) == 15 * product
+
+
+# Plans.
+
+def test_dry_run():
+    config = make_config()
+    found = plan.make_plan(config, chips.parse("h200:8"), dry_run=True)
+    result = plan.to_json(found)
+    assert found.fits and not found.advice and found.mesh["fsdp"] == 8
+    assert {"chips", "fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "step_seconds_bound",
+            "mfu_bound", "compile_seconds"} <= set(result)
+    assert result["chips"] == 8 and result["compile_seconds"] is None
+    assert found.hbm_bytes_per_chip == sum(found.memory.values())
+    assert sum(found.model_flops.values()) == pytest.approx(
+        64 * sum(flops.model_flops(config, mixture.clip_spec(config.data)).values()))
+    json.dumps(result, default=str)
+
+
+@pytest.fixture
+def no_flops(monkeypatch):
+    """Tracing takes seconds."""
+    monkeypatch.setattr(plan, "model_flops", lambda *_: {"all": 1.0})
+
+
+@functools.cache
+def memory(number: int, remat: str = "full", microbatches: int = 1) -> dict:
+    config = make_config(method__video__remat=remat, microbatches=microbatches)
+    return plan.make_plan(config, chips.parse(f"h200:{number}"), dry_run=True).memory
+
+
+def test_memory_follows_the_sharding(no_flops):
+    """What is sharded shrinks with the chips, and activations with the clips on each."""
+    one, eight = memory(1), memory(8)
+    method = step.make_method(make_config(), mixture.clip_spec(make_config().data))
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    assert one["parameters"] == one["EMA"] == 4 * sum(x.size for x in jax.tree.leaves(params))
+    assert one["parameters"] / 8 < eight["parameters"] < one["parameters"]
+    assert eight["activations (estimate)"] == pytest.approx(
+        one["activations (estimate)"] / 8, rel=0.1)
+
+
+def test_remat_and_microbatches_shrink_activations(no_flops):
+    label = "activations (estimate)"
+    assert memory(8)[label] < 0.7 * memory(8, "none")[label]
+    assert memory(8, microbatches=4)[label] < 0.3 * memory(8)[label]
+
+
+def test_what_does_not_fit_says_what_to_change(no_flops):
+    config = make_config(mesh={"data": -1}, method__video__remat="none")
+    machine = chips.parse("h200:8")
+    small = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, hbm_bytes=4e6))
+    found = plan.make_plan(config, small, dry_run=True)
+    assert not found.fits
+    advice = "\n".join(found.advice)
+    for change in ("config.mesh.data=1, fsdp=8", "config.microbatches=", "remat='full'",
+                   "config.offload_optimizer=True", "More chips"):
+        assert change in advice
+
+
+@pytest.mark.parametrize("message, needed", [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(134.18G) exceeds available HBM (95.74G).", 134.18 * 2**30),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 100.5G of 95.74G hbm.",
+     90.5 * 2**30)])
+def test_the_compilers_complaint_is_understood(message, needed):
+    assert plan._needed(message, 10 * 2**30) == pytest.approx(needed)
+
+
+def test_other_complaints_are_not_memory():
+    with pytest.raises(RuntimeError, match="does not compile: INTERNAL: nonsense"):
+        plan._needed("INTERNAL: nonsense", 0)
+
+
+def test_a_mesh_that_does_not_fit(no_flops):
+    with pytest.raises(ValueError, match="does not fit"):
+        plan.make_plan(make_config(mesh={"fsdp": 3}), chips.parse("h200:8"), dry_run=True)
+    with pytest.raises(ValueError, match="batch_size is 65.*the nearest is 64"):
+        plan.make_plan(make_config(batch_size=65), chips.parse("h200:8"), dry_run=True)
+
+
+def empty_plan(machine, mesh):
+    return plan.Plan(
+        config="c", topology=str(machine), chips=machine.chips, mesh=mesh, batch_size=64,
+        microbatches=1, parameters={}, memory={}, host_memory={}, hbm_bytes_per_chip=0.0,
+        hbm_capacity_bytes=machine.chip.hbm_bytes, fits=True, model_flops={"all": 64e9})
+
+
+def roofline_of(name, mesh):
+    """Of the stored module on chips that lie in the mesh as they lie in the torus."""
+    machine = chips.parse("v5p:4x4x4")
+    devices = np.array([types.SimpleNamespace(coords=c, slice_index=None)
+                        for c in np.ndindex(4, 4, 4)])
+    found = empty_plan(machine, mesh)
+    analysis = hlo_analysis.analyze((GOLDEN / f"hlo_{name}.txt").read_text(), 64)
+    plan.roofline(found, analysis, machine, types.SimpleNamespace(
+        devices=devices.reshape(list(mesh.values())), shape=mesh))
+    return found, analysis
+
+
+def test_roofline():
+    mesh = {"data": 4, "fsdp": 16, "context": 1, "tensor": 1}
+    found, analysis = roofline_of("async", mesh)
+    chip = chips.CHIPS["v5p"]
+    terms = found.roofline
+    assert terms["compute"] == analysis.flops / chip.flops
+    assert terms["hbm"] == analysis.hbm_bytes / chip.hbm
+    assert terms["ici"] > 0 and terms["dcn"] == terms["host"] == 0
+    assert found.step_seconds_bound == max(terms.values()) == terms[found.bound_by]
+    assert found.step_seconds_estimate >= found.step_seconds_bound
+    assert found.mfu_bound == pytest.approx(
+        64e9 / (64 * chip.flops * found.step_seconds_bound))
+    assert found.communication_bound == (terms["ici"] > max(terms["compute"], terms["hbm"]))
+    assert {c["axes"] for c in found.collectives} == {("fsdp",), ("data",)}
+    gathered = 2 * 2 * golden.WIDTH * (3 * golden.WIDTH + 2 * golden.HIDDEN)
+    assert gathered == sum(c["bytes"] for c in found.collectives if c["kind"] == "all-gather")
+
+
+def test_all_reduces_that_gather_cost_more():
+    plain, _ = roofline_of("plain", {"data": 1, "fsdp": 64, "context": 1, "tensor": 1})
+    assert "all-reduce (gathers)" in {c["kind"] for c in plain.collectives}
+
+
+def test_reports(capsys):
+    console = plan.rich.console.Console(width=200)
+    found, _ = roofline_of("async", {"data": 4, "fsdp": 16, "context": 1, "tensor": 1})
+    found.compile_seconds, found.memory = 1.0, {"parameters": 2**30}
+    found.roofline["ici"] = 1.0
+    plan.report(found, console)
+    machine = chips.parse("v5p:4x4x4")
+    plan._report_sweep([(machine, "does not divide"), (machine, found)], console)
+    text = capsys.readouterr().out
+    for word in ("all-gather", "reduce-scatter", "fsdp", "MFU: at most", "takes over",
+                 "does not divide"):
+        assert word in text
+
+
+# The command, and the compiler.
+
+def command(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-m", "jaxvp.plan", *arguments], capture_output=True, text=True,
+        env=environment, cwd=Path(__file__).parent.parent)
+
+
+def test_command(tmp_path):
+    path, config = tmp_path / "plan.json", tmp_path / "tiny.py"
+    config.write_text(
+        "from configs import pretrain\n"
+        "def get_config():\n"
+        "    config = pretrain.get_config()\n"
+        "    config.data.update(action_size=8, state_size=8)\n"
+        "    config.method.video.layers, config.method.taps = 2, (0, 1)\n"
+        "    return config\n")
+    done = command(f"--config={config}", "--dry_run", "--topology=h100:2", "--sweep",
+                   f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    assert "Fits." in done.stdout
+    result = json.loads(path.read_text())
+    assert result["chips"] == 2 and [p["chips"] for p in result["sweep"]] == [1, 2]
+    assert result["config"] == "tiny.py" and result["fits"]
+    done = command(f"--config={config}", "--topology=v5p:3x4x4")
+    assert done.returncode == 1 and "Nearest: v5p:4x4x4" in done.stderr
+
+
+def test_a_plan_reads_no_data():
+    with pytest.raises(ValueError, match="config.data.action_size is 0"):
+        plan.make_plan(make_config(data__action_size=0), chips.parse("h200:8"), dry_run=True)
+
+
+def test_the_compiler_itself():
+    """The real step on a real TPU, which is not there."""
+    pytest.importorskip("libtpu")
+    machine = chips.parse("v6e:2x4")
+    found = plan.make_plan(make_config(), machine)
+    assert found.fits and found.compile_seconds > 0 and found.mfu_bound > 0
+    assert 2 in found.loops.values()
+    total = found.compiled_flops * machine.chips
+    assert 0.95 < total / sum(found.model_flops.values()) < 1.5
+    assert {axes for c in found.collectives for axes in c["axes"]} == {"fsdp"}
+    devices = machine.devices()
+    assert len(devices) == 8 and devices[0].platform == "tpu"
+    assert sharding.make_mesh(sharding.MeshConfig(fsdp=-1, data=1), devices).size == 8
