@@ -52,7 +52,7 @@ class Case:
 
 # Robot clips are 17 frames of three cameras at 256 pixels on one canvas of 384 x 256.
 CASES = {
-    "cpu-7m": Case("wan-7m", 2, (4, 32, 32), text_tokens=128, train=False),
+    "cpu-7m": Case("wan-7m", 2, (4, 32, 32), text_tokens=128, train=False, remat="dots"),
     "wan-1.3b-robot": Case("wan-1.3b", 8, (5, 48, 32)),
     "wan-5b-robot": Case("wan-5b", 16, (5, 24, 16), remat="attention"),
     "wan-1.3b-480p": Case("wan-1.3b", 1, (13, 60, 104), remat="attention"),
@@ -79,8 +79,7 @@ def jaxvp_side(case: Case, steps: int, weights: Path | None) -> dict:
     from jaxvp.weights import wan
 
     dtype = "bfloat16" if case.train else "float32"
-    model = VideoTransformer(**SIZES[case.size], dtype=dtype, remat=case.remat,
-                             unroll=1 if case.train else SIZES[case.size]["layers"])
+    model = VideoTransformer(**SIZES[case.size], dtype=dtype, remat=case.remat)
     if weights:
         params = wan.load(weights, model)[0]
     else:

@@ -43,6 +43,7 @@ class Chip:
       axes: of the torus; 0 for GPUs.
       wrap: a torus axis of a multiple of this length is a ring.
       largest: chips of one slice.
+      clock: cycles per second; the peak over the multiply-adds of a cycle (v5p: 8 x 128 x 128).
     """
 
     name: str
@@ -55,12 +56,13 @@ class Chip:
     axes: int = 0
     wrap: int = 0
     largest: int = 0
+    clock: float = 0.0
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v5e", 197e12, 15.75 * GIB, 0.82e12, 4.5e10, 3.125e9, 1.6e10, 2, 16, 256),
-    Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 9e10, 6.25e9, 1.6e10, 3, 4, 6144),
-    Chip("v6e", 918e12, 31.25 * GIB, 1.6e12, 9e10, 12.5e9, 3.2e10, 2, 16, 256),
+    Chip("v5e", 197e12, 15.75 * GIB, 0.82e12, 4.5e10, 3.125e9, 1.6e10, 2, 16, 256, 1.5e9),
+    Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 9e10, 6.25e9, 1.6e10, 3, 4, 6144, 1.75e9),
+    Chip("v6e", 918e12, 31.25 * GIB, 1.6e12, 9e10, 12.5e9, 3.2e10, 2, 16, 256, 1.75e9),
     Chip("a100", 312e12, 80e9, 2.04e12),
     Chip("h100", 989e12, 80e9, 3.35e12),
     Chip("h200", 989e12, 141e9, 4.8e12),
@@ -88,16 +90,15 @@ class Machine:
         """Devices that can be compiled for and do not exist; needs libtpu, and no TPU.
 
         Raises:
-          ImportError: libtpu is not installed.
-          ValueError: the chip is not a TPU.
+          ValueError: the chip is not a TPU, or libtpu is not installed.
         """
         if not self.chip.axes:
             raise ValueError(f"{self}: there is no compiler for absent GPUs, only for absent TPUs.")
         try:
             import libtpu  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"Compiling for {self} needs the TPU compiler: "
-                              "pip install 'jaxvp[tpu]' (no TPU is needed).") from error
+            raise ValueError(f"Compiling for {self} needs the TPU compiler: "
+                             "pip install 'jaxvp[tpu]' (no TPU is needed).") from error
         # It asks no metadata server what it runs on, and does not lock what is not there.
         os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
                           ALLOW_MULTIPLE_LIBTPU_LOAD="1")

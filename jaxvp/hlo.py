@@ -27,8 +27,9 @@ class Array:
     @functools.cached_property
     def bytes(self) -> float:
         """Bytes with the padding of its tile."""
-        bits = BITS.get(self.dtype) or int(re.sub(r"^\D+(\d+).*", r"\1", self.dtype) or 0) \
-            if self.dtype not in ("token", "opaque") else 0
+        bits = BITS.get(self.dtype)
+        if bits is None:  # s32, f8e4m3fn
+            bits = int(re.match(r"\D+(\d+)", self.dtype).group(1))
         dims = [self.dims[axis] for axis in reversed(self.order)] if self.order else [*self.dims]
         if self.dims and len(self.tile) <= len(dims):
             for i, unit in enumerate(reversed(self.tile), 1):
@@ -133,13 +134,14 @@ def _arrays(text: str) -> tuple[Array, ...]:
         order, _, tiling = layout.partition(":")
         tile = re.search(r"T\(([\d,]+)\)", tiling)
         memory = re.search(r"S\((\d+)\)", tiling)
-        found.append(Array(dtype, _integers(dims), _integers(order),
-                           _integers(tile.group(1)) if tile else (),
+        found.append(Array(dtype, integers(dims), integers(order),
+                           integers(tile.group(1)) if tile else (),
                            int(memory.group(1)) if memory else 0))
     return tuple(found)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
+    """All numbers in a text."""
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
@@ -147,7 +149,7 @@ def replica_groups(instruction: Instruction, partitions: int) -> np.ndarray:
     """int[G, n] of a collective: lists, iota tiles `[2,4]<=[4,2]T(1,0)`, or axes of a mesh."""
     pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
     if pairs:
-        return np.array(_integers(pairs)).reshape(-1, 2)
+        return np.array(integers(pairs)).reshape(-1, 2)
     text = instruction.attribute(r"replica_groups=((?:mesh|\[|\{).*)") or "{}"
     mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^{]*?)\))? \{([^}]*)\}", text)
     if mesh:
@@ -156,16 +158,16 @@ def replica_groups(instruction: Instruction, partitions: int) -> np.ndarray:
     if iota:
         return _iota(iota.group())
     groups = re.match(r"\{((?:\{[\d,]*\},?)*)\}", text)
-    rows = [_integers(row) for row in re.findall(r"\{([\d,]+)\}", groups.group(1))]
+    rows = [integers(row) for row in re.findall(r"\{([\d,]+)\}", groups.group(1))]
     return np.array(rows) if rows else np.arange(partitions)[None]
 
 
 def _iota(text: str) -> np.ndarray:
     shape, source, order = re.match(
         r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    source = _integers(source)
+    source = integers(source)
     ids = np.arange(math.prod(source)).reshape(source)
-    return ids.transpose(_integers(order) if order else None).reshape(_integers(shape))
+    return ids.transpose(integers(order) if order else None).reshape(integers(shape))
 
 
 def _mesh_groups(axes: str, devices: str | None, grouped: str) -> np.ndarray:
@@ -175,10 +177,10 @@ def _mesh_groups(axes: str, devices: str | None, grouped: str) -> np.ndarray:
     if devices:
         source = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)
         if source:
-            ids = ids.reshape(_integers(source.group(1)))
-            ids = ids.transpose(_integers(source.group(2)) if source.group(2) else None)
+            ids = ids.reshape(integers(source.group(1)))
+            ids = ids.transpose(integers(source.group(2)) if source.group(2) else None)
         else:
-            ids = np.array(_integers(devices))
+            ids = np.array(integers(devices))
     parts, chosen = [], []
     wanted = re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?", grouped)
     for name, size in sizes.items():

@@ -13,7 +13,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxvp.hlo import Array, Computation, Instruction, Module, parse, replica_groups, trip_count
+from jaxvp.hlo import (
+    Array,
+    Computation,
+    Instruction,
+    integers,
+    parse,
+    replica_groups,
+    trip_count,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
                "collective-permute", "collective-broadcast")
@@ -27,7 +35,8 @@ HOST = 5  # The memory space S(5) of a layout; 0 is HBM, all others are on the c
 class Operation:
     """What one instruction does in all of its `times` runs together.
 
-    `hbm` and `host` are bytes read and written there; `background`: it runs beside others.
+    `hbm` and `host` are bytes read and written there; `cycles` what the compiler of TPUs expects,
+    0 where it does not say; `background`: it runs beside others.
     """
 
     name: str
@@ -36,6 +45,7 @@ class Operation:
     flops: float
     hbm: float
     host: float
+    cycles: int
     background: bool
 
 
@@ -154,9 +164,11 @@ def _visit(module, computation, times, fused, analysis, partitions, background=F
             continue
         late = background or opcode.endswith("-start")
         hbm, host = _traffic(module, computation, instruction)
-        if here or hbm or host:
-            analysis.operations.append(Operation(instruction.name, opcode, times, times * here,
-                                                 times * hbm, times * host, late))
+        cycles = int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+        if here or hbm or host or cycles:
+            analysis.operations.append(Operation(
+                instruction.name, opcode, times, times * here, times * hbm, times * host,
+                times * cycles, late))
     return flops
 
 
@@ -227,7 +239,7 @@ def _flops(computation: Computation, instruction: Instruction) -> float:
     left, right = (computation.instructions[name].type[0].dims for name in instruction.operands)
     out = math.prod(instruction.type[0].dims)
     if instruction.opcode == "dot":
-        contracted = _integers(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
+        contracted = integers(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
         return 2.0 * out * math.prod(left[axis] for axis in contracted)
     labels = instruction.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     left_labels, right_labels, out_labels = re.split(r"_|->", labels)

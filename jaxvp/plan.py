@@ -11,10 +11,11 @@ the same batch on smaller slices too and says from where on communication takes 
 
 The bound is the largest of four times at full rate, as if all overlapped perfectly: the compiled
 FLOPs, recomputation included; the bytes of HBM; collectives inside of a slice; those between
-slices. The estimate adds what runs one after the other: each operation at the slower of its FLOPs
-and its bytes, and the collectives that the compiler did not put beside computation. Neither sees
-matrices that do not fill the matrix unit, vector work (norms, softmax, modulation) that HBM does
-not bound, waiting for the slowest host, contention of collectives, or the input pipeline.
+slices. The estimate adds what runs one after the other: each operation at the slowest of its FLOPs,
+its bytes and (matrix products) the cycles that the compiler expects, and the collectives that it
+did not put beside computation. Neither sees vector work (norms, softmax, modulation) that HBM does
+not bound, what attention kernels lose against the peak, contention of collectives, waiting for the
+slowest host, or the input pipeline. Nothing here was measured on a TPU.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import json
 import math
 import re
 import time
+import types
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -100,8 +102,8 @@ class Plan:
         return t and max(t["ici"], t["dcn"]) > max(t["compute"], t["hbm"])
 
 
-def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_run: bool = False
-              ) -> Plan:
+def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_run: bool = False,
+              model: Mapping[str, float] | None = None) -> Plan:
     """Plans the training step of `config` on `machine`.
 
     Args:
@@ -109,10 +111,11 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
       machine: from `chips.parse`.
       name: of the config, for the report.
       dry_run: compile nothing.
+      model: the `model_flops` of another plan of the same config.
 
     Raises:
-      ConfigError, ValueError: config and machine do not fit each other.
-      ImportError: the TPU compiler is missing.
+      ConfigError, ValueError: config and machine do not fit each other, or the TPU compiler is
+        missing.
     """
     spec = mixture.clip_spec(config.data)
     for size in ("action_size", "state_size"):
@@ -128,14 +131,14 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
     for leaf_name, leaf in sizes.items():
         part = leaf_name.partition("/")[0]
         parameters[part] = parameters.get(part, 0) + leaf.size
-    flops = {component: value * config.batch_size
-             for component, value in model_flops(config, spec).items()}
+    model = model or {component: value * config.batch_size
+                      for component, value in model_flops(config, spec).items()}
     memory, host = _state_bytes(built.abstract)
     plan = Plan(
         config=name, topology=str(machine), chips=machine.chips, mesh=dict(mesh.shape),
         batch_size=config.batch_size, microbatches=config.microbatches, parameters=parameters,
         memory=memory, host_memory=host, hbm_bytes_per_chip=0.0,
-        hbm_capacity_bytes=machine.chip.hbm_bytes, fits=False, model_flops=flops,
+        hbm_capacity_bytes=machine.chip.hbm_bytes, fits=False, model_flops=dict(model),
         versions={p: metadata.version(p) for p in ("jax", "jaxlib", "libtpu")
                   if _installed(p)})
     if dry_run:
@@ -144,7 +147,7 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
                 jax.tree.leaves(built.abstract["params"]), jax.tree.leaves(built.rules),
                 strict=True) if rule.multiplier is not None)
         memory["activations (estimate)"] = _activation_bytes(config, spec, mesh)
-    else:
+    elif sum(memory.values()) <= plan.hbm_capacity_bytes:  # Else there is nothing to compile for.
         _compile(plan, config, spec, built, machine)
     plan.hbm_bytes_per_chip = sum(memory.values())
     plan.fits = plan.hbm_bytes_per_chip <= plan.hbm_capacity_bytes
@@ -165,8 +168,8 @@ def _abstract_mesh(config: sharding.MeshConfig, machine: Machine) -> AbstractMes
     left = machine.chips // math.prod(size for size in sizes if size != -1)
     shape = tuple(left if size == -1 else size for size in sizes)
     if math.prod(shape) != machine.chips or shape[0] % machine.slices:
-        raise ValueError(f"config.mesh is {config}, which does not fit the {machine.chips} chips "
-                         f"of {machine}.")
+        absent = [types.SimpleNamespace(slice_index=i) for i in range(machine.slices)]
+        sharding.make_mesh(config, absent * (machine.chips // machine.slices))  # Raises.
     return AbstractMesh(shape, sharding.AXES, (AxisType.Auto,) * len(shape))
 
 
@@ -260,7 +263,8 @@ def _needed(message: str, state: float) -> float:
     return float(found.group(1)) * units[found.group(2)]
 
 
-def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine, mesh: jax.sharding.Mesh):
+def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
+             mesh: jax.sharding.Mesh):
     """Fills in times, MFU and collectives from what the compiled step does."""
     chip = machine.chip
     devices = mesh.devices.flatten()
@@ -281,8 +285,9 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine, mesh
             "times": collective.times, "seconds": (near + far) * collective.times,
             "background": collective.background, "source": collective.source})
     plan.collectives.sort(key=lambda c: -c["seconds"])
-    serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm) for o in analysis.operations
-                 if not o.background)
+    # The compiler's cycles of matrix products know how they fill the matrix unit.
+    serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
+                 for o in analysis.operations if not o.background)
     plan.loops, plan.compiled_flops = analysis.loops, analysis.flops
     plan.bytes_moved = analysis.hbm_bytes
     plan.roofline = {"compute": analysis.flops / chip.flops, "hbm": analysis.hbm_bytes / chip.hbm,
@@ -439,6 +444,12 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
     logging.set_verbosity(logging.WARNING)
+    with config_lib.one_line_errors():
+        start()
+
+
+def start():
+    """Plans what the flags say."""
     settings = flags.FLAGS
     machine = chips.parse(settings.topology, settings.slices)
     console = rich.console.Console()
@@ -454,7 +465,8 @@ def main(argv):
         plans = []
         for smaller in chips.smaller(machine)[:-1]:
             try:
-                plans.append((smaller, make_plan(config, smaller, name, settings.dry_run)))
+                plans.append((smaller, make_plan(config, smaller, name, settings.dry_run,
+                                                 plan.model_flops)))
             except ValueError as error:
                 plans.append((smaller, str(error)))
         plans.append((machine, plan))
@@ -482,7 +494,7 @@ def run():
     flags.DEFINE_bool("sweep", False, "plan smaller slices of the chip too")
     flags.DEFINE_string("json", None, "file to write the plan to")
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    app.run(main, flags_parser=config_lib.parse_flags)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,9 @@ class Step:
             del params[part]  # Room for what is read.
             params[part], report = self.method.load(part, path, self.abstract["params"][part])
             distributed.note(f"{part} from {path}: {report}")
+        if any(pretrained.values()):
+            fresh = sorted(part for part in params if not pretrained.get(part))
+            distributed.note(f"Initialised at random: {', '.join(fresh) or 'nothing'}.")
         return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 

@@ -208,7 +208,7 @@ def test_other_complaints_are_not_memory():
 
 
 def test_a_mesh_that_does_not_fit(no_flops):
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not fit 8 devices. Nearest that does: data="):
         plan.make_plan(make_config(mesh={"fsdp": 3}), chips.parse("h200:8"), dry_run=True)
     with pytest.raises(ValueError, match="batch_size is 65.*the nearest is 64"):
         plan.make_plan(make_config(batch_size=65), chips.parse("h200:8"), dry_run=True)
@@ -272,13 +272,6 @@ def test_reports(capsys):
 
 # The command, and the compiler.
 
-def command(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(
-        [sys.executable, "-m", "jaxvp.plan", *arguments], capture_output=True, text=True,
-        env=environment, cwd=Path(__file__).parent.parent)
-
-
 def test_command(tmp_path):
     path, config = tmp_path / "plan.json", tmp_path / "tiny.py"
     config.write_text(
@@ -288,15 +281,16 @@ def test_command(tmp_path):
         "    config.data.update(action_size=8, state_size=8)\n"
         "    config.method.video.layers, config.method.taps = 2, (0, 1)\n"
         "    return config\n")
-    done = command(f"--config={config}", "--dry_run", "--topology=h100:2", "--sweep",
-                   f"--json={path}")
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxvp.plan", f"--config={config}", "--dry_run",
+         "--topology=h100:2", "--sweep", f"--json={path}"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "Fits." in done.stdout
     result = json.loads(path.read_text())
     assert result["chips"] == 2 and [p["chips"] for p in result["sweep"]] == [1, 2]
     assert result["config"] == "tiny.py" and result["fits"]
-    done = command(f"--config={config}", "--topology=v5p:3x4x4")
-    assert done.returncode == 1 and "Nearest: v5p:4x4x4" in done.stderr
 
 
 def test_a_plan_reads_no_data():

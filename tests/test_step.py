@@ -45,12 +45,20 @@ def clip():
     return make_clip()
 
 
+@functools.cache
+def start(stage):
+    """The initial state as NumPy arrays: it is the same on every mesh."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return jax.device_get(step.build(config_of(stage=stage), SPEC, mesh).init())
+
+
 def run(config, mesh_config, clip, steps=1, devices=8):
     """State and metrics after `steps` updates with the same clip."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     built = step.build(config, SPEC, mesh)
     with jax.set_mesh(mesh):
-        state = built.init()
+        places = jax.tree.map(lambda x: x.sharding, built.abstract)
+        state = jax.device_put(start(config.stage), places)
         batch = sharding.global_batch(mesh, clip)
         for number in range(steps):
             state, numbers = built.update(state, batch, jnp.int32(number))

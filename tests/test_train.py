@@ -194,7 +194,7 @@ def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
     ({"data.fsp": 3.0}, "config.data.fsp does not exist. Did you mean config.data.fps?"),
     ({"steps": "many"}, "config.steps: expected int, found 'many'"),
     ({"mesh": {"data": 3}}, "does not fit 8 devices"),
-    ({"batch_size": 6}, "does not divide evenly"),
+    ({"batch_size": 6}, "batch_size is 6: expected a multiple.*the nearest is 8"),
     ({"data.image_size": 12}, "multiples of"),
     ({"init_from": "nowhere"}, "No checkpoint in nowhere"),
 ])
