@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,3 +113,14 @@ def test_a_sharded_step_computes_what_one_device_computes():
     assert np.allclose(loss, sharded_loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded), strict=True):
         assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_slices_are_told_apart_by_data_alone():
+    devices = [types.SimpleNamespace(id=i, slice_index=i // 4, process_index=i // 4,
+                                     platform="cpu", device_kind="cpu") for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert [set(part.flat) for part in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match="in 2 slices, of which data is a multiple. Nearest that "
+                                         "does: data=2, fsdp=4"):
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)

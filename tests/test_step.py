@@ -10,6 +10,7 @@ from jaxvp import hlo, rules, sharding, step
 from jaxvp.config import build
 from jaxvp.data.clips import ClipSpec
 from jaxvp.sharding import MeshConfig
+from jaxvp.weights import wan
 
 SPEC = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=4, fps=2.5, chunk=4,
                 height=16, width=16, text_length=96, action_size=8, state_size=8)
@@ -165,3 +166,19 @@ def test_pretrained_names_a_part_of_the_method(unsharded):
 def test_keys_do_not_depend_on_the_batch_size_of_a_device():
     keys = step.clip_keys(0, 3, 8)
     assert len(set(map(bytes, np.asarray(jax.random.key_data(keys))))) == 8
+
+
+def test_pretrained_weights_take_the_place_of_random_ones(tmp_path, capsys):
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    built = step.build(config_of(), SPEC, mesh)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(start("video"), jax.tree.map(lambda x: x.sharding, built.abstract))
+        other = jax.tree.map(lambda x: x + 1, start("video")["params"]["video"])
+        wan.save(other, built.method.transformer, tmp_path)
+        loaded = built.load({"video": str(tmp_path), "codec": ""}, state)
+    for tree in (loaded["params"], loaded["ema"]):
+        for a, b in zip(jax.tree.leaves(tree["video"]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+    kernel = loaded["params"]["video"]["blocks"]["ffn_1"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 32)}
+    assert "Initialised at random: action, text." in capsys.readouterr().out

@@ -169,3 +169,38 @@ def test_state_dropout_hides_the_state():
     assert hidden != pytest.approx(float(seen))
     clip["state"] = clip["state"] + 1
     assert loss_and_gradient(method, "action", params, clip, key)[0][0] == hidden
+
+
+def test_latent_frames_count_when_all_their_frames_do():
+    method = dataclasses.replace(METHOD, spec=dataclasses.replace(SPEC, num_frames=9, height=32,
+                                                                  width=32),
+                                 codec={"name": "wan", "width": 8, "decoder_width": 8})
+    mask = np.ones((3, 9), bool)
+    mask[1, 5:] = mask[2, 8:] = False
+    np.testing.assert_array_equal(
+        method._latent_mask(mask), [[True, True, True], [True, True, False], [True, True, False]])
+
+
+def test_wans_autoencoder_and_embedded_text():
+    """The shape of Wan in small: latents of a VAE that is not trained, text that is embedded."""
+    spec = dataclasses.replace(SPEC, num_frames=5, height=32, width=32, text_length=4,
+                               text_width=6)
+    method = dataclasses.replace(METHOD, spec=spec, prediction="velocity", sampler="unipc", text={},
+                                 text_tokens=8,
+                                 codec={"name": "wan", "width": 8, "decoder_width": 8})
+    assert method.latent_shape == (2, 6, 4, 16) and method.frozen("video") == (
+        "action/.*", "codec/.*")
+    rng = np.random.default_rng(0)
+    clip = make_clip() | {
+        "video": rng.integers(0, 256, (2, 3, 5, 32, 32, 3), np.uint8),
+        "frame_mask": np.ones((2, 5), bool),
+        "text": rng.normal(size=(2, 4, 6)).astype(jnp.bfloat16)}
+    params = parameters(method)
+    assert set(params) == {"video", "action", "codec"}
+    (loss, _), grads = loss_and_gradient(method, "video", params, clip, jax.random.key(2))
+    assert np.isfinite(loss) and size(grads["video"]) > 0 and size(grads["codec"]) == 0
+    clip["text"] = -clip["text"]
+    assert loss_and_gradient(method, "video", params, clip, jax.random.key(2))[0][0] != loss
+    keys = jax.random.split(jax.random.key(5), 2)
+    video = jax.jit(method.imagine)(params, observation_of(clip), keys)
+    assert video.shape == (2, 5, 48, 32, 3) and video.dtype == jnp.uint8
