@@ -59,8 +59,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             return sum(abs(math.log(b / a)) for a, b in pairs if a != -1)
         fitting = (s for s in _factorizations(len(devices), len(AXES)) if s[0] % slices == 0)
         several = f" in {slices} slices, of which data is a multiple" if slices > 1 else ""
+        nearest = _show(min(fitting, key=distance))
         raise ValueError(f"config.mesh is {_show(sizes)}, which does not fit {len(devices)} "
-                         f"devices{several}. Nearest that does: {_show(min(fitting, key=distance))}.")
+                         f"devices{several}. Nearest that does: {nearest}.")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

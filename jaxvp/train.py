@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import rich
 from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import checkpoint, distributed, metrics, optim, sharding
+from jaxvp import checkpoint, distributed, metrics, sharding
 from jaxvp import config as config_lib
 from jaxvp import step as step_lib
 from jaxvp.data import mixture, observation

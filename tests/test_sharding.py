@@ -116,8 +116,11 @@ def test_a_sharded_step_computes_what_one_device_computes():
 
 
 def test_slices_are_told_apart_by_data_alone():
-    devices = [types.SimpleNamespace(id=i, slice_index=i // 4, process_index=i // 4,
-                                     platform="cpu", device_kind="cpu") for i in range(8)]
+    class Device(types.SimpleNamespace):
+        __hash__ = object.__hash__
+
+    devices = [Device(id=i, slice_index=i // 4, process_index=i // 4, platform="cpu",
+                      device_kind="cpu", client=None) for i in range(8)]
     mesh = make_mesh(MeshConfig(data=4, fsdp=2), devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert [set(part.flat) for part in slices] == [{0}, {0}, {1}, {1}]

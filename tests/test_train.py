@@ -14,7 +14,8 @@ import pytest
 from configs import finetune, pretrain
 from data_builders.build import build
 from data_builders.tabletop.tabletop import Builder
-from jaxvp import checkpoint, export, step, train
+from jaxvp import checkpoint, export, train
+from jaxvp import step as step_lib
 from jaxvp.config import ConfigError
 from jaxvp.metrics import NonFiniteError
 from jaxvp.policy import bundle
@@ -127,8 +128,8 @@ def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, t
             "state_mask": np.ones((3, 8), bool)}
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 3))
     actions = policy.act(seen, np.asarray(keys))
-    config = step.config_lib.build(step.TrainConfig, config, "config")
-    method = step.make_method(config, step.ClipSpec(**checkpoint.restore_json(
+    config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
+    method = step_lib.make_method(config, step_lib.ClipSpec(**checkpoint.restore_json(
         tmp_path / "action", "assets")["spec"]))
     params = checkpoint.restore_params(tmp_path / "action")
     expected = jax.jit(method.act)(params, seen, jax.random.wrap_key_data(keys))

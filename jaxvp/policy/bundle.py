@@ -6,9 +6,10 @@
     imagine.stablehlo    the same of imagine -> uint8[B, T, H', W', 3]; may be absent
     text_embeddings/     of the texts that the policy knows, when its text is embedded
 
-An observation is {video uint8[B, V, 1, H, W, 3], view_mask bool[B, V], text int32[B, M]
-or bfloat16[B, M, D], state float32[B, S], state_mask bool[B, S]}, normalised; keys are uint32[B, 2], the data of one PRNG
-key per row. Reading a bundle needs no model code, and nothing in it is unpickled.
+An observation is {video uint8[B, V, 1, H, W, 3], view_mask bool[B, V], text int32[B, M] or
+bfloat16[B, M, D], state float32[B, S], state_mask bool[B, S]}, normalised; keys are uint32[B, 2],
+the data of one PRNG key per row. Reading a bundle needs no model code, and nothing in it is
+unpickled.
 """
 
 import dataclasses

@@ -56,23 +56,6 @@ def test_embedded_text_comes_with_the_bundle(tmp_path):
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     text_embeddings.add(tmp_path / "made", [text], "toy", 4, lambda texts: [rows])
     values = toy_bundle.manifest(text_width=4, text_length=5)
-    bundle.save(tmp_path / "bundle", values, toy_bundle.PARAMS, b"", None, tmp_path / "made")
-    stand_in = Bundle(text_width=4, text_length=5)
-    stand_in.path = tmp_path / "bundle"
-    policy = runner(stand_in)
-    found = policy.batch([seen])["text"]
-    assert found.shape == (1, 5, 4) and found.dtype.name == "bfloat16"
-    np.testing.assert_array_equal(found[0].astype(np.float32), [*rows, [0] * 4, [0] * 4])
-    with pytest.raises(ValueError, match="no embedding of the text.*fold the towel"):
-        policy.plan({0: observation(instruction="fold the towel")})
-
-
-def test_embedded_text_comes_with_the_bundle(tmp_path):
-    seen = observation()
-    text = describe(seen["robot"], toy_bundle.tabletop.CAMERA_TEXT, seen["instruction"])
-    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    text_embeddings.add(tmp_path / "made", [text], "toy", 4, lambda texts: [rows])
-    values = toy_bundle.manifest(text_width=4, text_length=5)
     save(tmp_path / "bundle", values, toy_bundle.PARAMS, b"", None, tmp_path / "made")
     bundle = Bundle(text_width=4, text_length=5)
     bundle.path = tmp_path / "bundle"

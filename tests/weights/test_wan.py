@@ -163,7 +163,8 @@ def test_a_run_is_exported(tmp_path):
     config = pretrain.get_config().to_dict() | {"method": method}
     made = step.make_method(build(step.TrainConfig, config), spec)
     params = jax.jit(made.init)(jax.random.key(0))
-    state = {"params": params, "ema": jax.tree.map(lambda x: x + 1, params), "opt_state": {"count": jnp.ones(1)}}
+    state = {"params": params, "ema": jax.tree.map(lambda x: x + 1, params),
+             "opt_state": {"count": jnp.ones(1)}}
     checkpoints = checkpoint.Checkpoints(tmp_path / "run")
     checkpoints.save(1, state, data={}, assets=checkpoint.run_assets(config, spec, {}, {}))
     checkpoints.close()
