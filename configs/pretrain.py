@@ -67,6 +67,8 @@ def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
             "chunk": 12,
             "image_size": 32,
             "text_length": 96,
+            "action_size": 8,
+            "state_size": 8,
             "num_threads": 1,
         },
         "embedded": {"episodes": episodes, "tasks": tasks, "image_size": 32},
