@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp import config as config_lib
-from jaxvp import distributed, optim, sharding
+from jaxvp import chips, distributed, optim, sharding
 from jaxvp.data import mixture
 from jaxvp.data.clips import ClipSpec
 from jaxvp.methods import base
@@ -176,9 +176,10 @@ def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh) -> Step:
                    "learning_rate": schedule(number)}
         return {"params": params, "ema": ema, "opt_state": opt_state}, numbers
 
-    return Step(method, mesh, abstract, jax.jit(init, out_shardings=shardings),
-                jax.jit(update, donate_argnums=0,
-                        out_shardings=(shardings, NamedSharding(mesh, P()))), rules)
+    on_tpu = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == "tpu"
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())),
+                     compiler_options=chips.TPU_COMPILER_OPTIONS if on_tpu else None)
+    return Step(method, mesh, abstract, jax.jit(init, out_shardings=shardings), jitted, rules)
 
 
 def gradients(loss: Callable, params, clip: Mapping, keys: jax.Array, microbatches: int,
