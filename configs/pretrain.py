@@ -7,7 +7,8 @@
 
 `tabletop`, the default, has two tasks, `lift_tray` (both arms) and `red_on_plate`, and is cut to
 what two CPU cores learn in minutes: time and numbers are in the README, measured by
-launch/local.sh. `all` has the 13 seen tasks and three times the steps.
+launch/local.sh. `all` has the 13 seen tasks and three times the steps: 33 minutes on two CPU cores
+that were also busy with other work, then configs/finetune.py:all.
 
 `wan-1.3b`, `wan-5b` and `wan-14b` continue Wan's video pretraining on robot video, with Vidar's
 mixture (arXiv 2507.12898; sizes of its sources as in Vidarc, arXiv 2512.17661): three views on one
