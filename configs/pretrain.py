@@ -13,9 +13,12 @@ that were also busy with other work, then configs/finetune.py:all.
 `wan-1.3b`, `wan-5b` and `wan-14b` continue Wan's video pretraining on robot video, with Vidar's
 mixture (arXiv 2507.12898; sizes of its sources as in Vidarc, arXiv 2512.17661): three views on one
 canvas, 17 frames at 8 per second, learning rate and warm-up of Vidar. Texts are embedded
-beforehand with `python -m jaxvp.data.text_embeddings`. What they cost where is computed, not
-measured: `python -m jaxvp.plan`, tables in benchmarks/results.
+beforehand with `python -m jaxvp.data.text_embeddings`. `wan-14b-720p` is the longest clip that Wan
+knows, 75,600 tokens of one camera. What they cost where is computed, not measured: `python -m
+jaxvp.plan`, benchmarks/results/plan_*.json.
 """
+
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -29,15 +32,21 @@ TABLETOP = {
 TABLETOP["tabletop"] = TABLETOP[""]
 # Codec version; clips in a batch: for 256 chips, so many tokens each that the network keeps up.
 WAN = {
-    "wan-1.3b": {"version": "2.1", "batch_size": 512},
-    "wan-5b": {"version": "2.2", "batch_size": 2048},
-    "wan-14b": {"version": "2.1", "batch_size": 512},
+    "wan-1.3b": {"size": "wan-1.3b", "version": "2.1", "batch_size": 512},
+    "wan-5b": {"size": "wan-5b", "version": "2.2", "batch_size": 2048},
+    "wan-14b": {"size": "wan-14b", "version": "2.1", "batch_size": 512},
+    "wan-14b-720p": {
+        "size": "wan-14b", "version": "2.1", "batch_size": 16,  # For 64 chips.
+        "clip": {"layout": "single", "num_frames": 81, "fps": 16.0, "image_size": (720, 1280)},
+        "mesh": {"data": -1, "fsdp": 16, "context": 4}},
 }
+ROBOT_CLIP = {"num_frames": 17, "fps": 8.0, "image_size": 256}
+ALL_FSDP = {"data": 1, "fsdp": -1}
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant in WAN:
-        config = wan(variant, **WAN[variant])
+        config = wan(**WAN[variant])
     elif variant in TABLETOP:
         config = tabletop(**TABLETOP[variant])
     else:
@@ -86,12 +95,14 @@ def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
     }
 
 
-def wan(size: str, version: str, batch_size: int) -> dict:
+def wan(size: str, version: str, batch_size: int, clip: Mapping = ROBOT_CLIP,
+        mesh: Mapping = ALL_FSDP) -> dict:
     return {
         "method": {
             "name": "video_policy",
             "video": {"size": size, "dtype": "bfloat16", "remat": "full"},
-            "codec": {"name": "wan", "version": version, "dtype": "bfloat16", "streaming": False},
+            "codec": {"name": "wan", "version": version, "dtype": "bfloat16",
+                      "streaming": clip["num_frames"] > 33},  # Whole clips take more memory.
             "head": {"width": 512, "layers": 8, "heads": 8},
             "taps": (9, 19),
             "text_tokens": 512,
@@ -113,17 +124,15 @@ def wan(size: str, version: str, batch_size: int) -> dict:
                 {"path": "data/robomind", "weight": 17.0},
                 {"path": "data/rdt", "weight": 6.0},
             ),
-            "num_frames": 17,
-            "fps": 8.0,
+            **clip,
             "chunk": 16,
-            "image_size": 256,
             "text_length": 128,
             "text_embeddings": "data/text_embeddings",
             "action_size": 16,
             "state_size": 16,
             "num_threads": 16,
         },
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": dict(mesh),
         "optimizer": {"learning_rate": 2e-5, "schedule": "constant", "warmup_steps": 200,
                       "weight_decay": 0.1},
         "steps": 10_000,
