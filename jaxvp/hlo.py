@@ -53,6 +53,11 @@ class Instruction:
         found = re.search(pattern, self.rest)
         return found and found.group(1)
 
+    @property
+    def source(self) -> str:
+        """The operation of the program that it came from; "" where the compiler made it."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
     def called(self, role: str) -> str | None:
         """Name of the computation that has a role: calls, body, condition, to_apply."""
         return self.attribute(rf"\b{role}=%?([\w.\-]+)")

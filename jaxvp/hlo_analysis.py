@@ -36,7 +36,8 @@ class Operation:
     """What one instruction does in all of its `times` runs together.
 
     `hbm` and `host` are bytes read and written there; `cycles` what the compiler of TPUs expects,
-    0 where it does not say; `background`: it runs beside others.
+    0 where it does not say; `background`: it runs beside others; `source`: the operation of the
+    program that it serves.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Operation:
     host: float
     cycles: int
     background: bool
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _visit(module, computation, times, fused, analysis, partitions, background=F
         if here or hbm or host or cycles:
             analysis.operations.append(Operation(
                 instruction.name, opcode, times, times * here, times * hbm, times * host,
-                times * cycles, late))
+                times * cycles, late, instruction.source))
     return flops
 
 
@@ -195,7 +197,7 @@ def _collective(module, computation, instruction, times, fused, analysis, partit
     analysis.collectives.append(Collective(
         kind, instruction.name, sum(array.bytes for array in payload), times,
         replica_groups(instruction, partitions), gathers, asynchronous,
-        instruction.attribute(r'op_name="([^"]*)"') or ""))
+        instruction.source))
 
 
 def _only_sliced(computation: Computation, name: str) -> bool:

@@ -59,6 +59,7 @@ class Plan:
       model_flops: of the whole step by component, without recomputation.
       compiled_flops, bytes_moved: matrix products that the chip does, bytes of HBM that it moves.
       collectives: {kind, axes, bytes, times, seconds, background, source}, largest first.
+      operations: the 20 that take longest, {name, seconds, flops, hbm, times, background, source}.
       loops: trip counts that were read.
       roofline: seconds of compute, hbm, ici, dcn and host memory, each alone at full rate.
       bound_by, step_seconds_bound, mfu_bound: the largest of them, and what follows.
@@ -84,6 +85,7 @@ class Plan:
     compiled_flops: float | None = None
     bytes_moved: float | None = None
     collectives: list[dict] | None = None
+    operations: list[dict] | None = None
     loops: dict[str, int | None] | None = None
     roofline: dict[str, float] | None = None
     bound_by: str | None = None
@@ -288,6 +290,11 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
     # The compiler's cycles of matrix products know how they fill the matrix unit.
     serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
                  for o in analysis.operations if not o.background)
+    longest = sorted(analysis.operations, key=lambda o: -max(o.flops / chip.flops, o.hbm / chip.hbm))
+    plan.operations = [
+        {"name": o.name, "seconds": max(o.flops / chip.flops, o.hbm / chip.hbm), "flops": o.flops,
+         "hbm": o.hbm, "times": o.times, "background": o.background, "source": o.source}
+        for o in longest[:20]]
     plan.loops, plan.compiled_flops = analysis.loops, analysis.flops
     plan.bytes_moved = analysis.hbm_bytes
     plan.roofline = {"compute": analysis.flops / chip.flops, "hbm": analysis.hbm_bytes / chip.hbm,
