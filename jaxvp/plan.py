@@ -290,7 +290,8 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
     # The compiler's cycles of matrix products know how they fill the matrix unit.
     serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
                  for o in analysis.operations if not o.background)
-    longest = sorted(analysis.operations, key=lambda o: -max(o.flops / chip.flops, o.hbm / chip.hbm))
+    longest = sorted(
+        analysis.operations, key=lambda o: -max(o.flops / chip.flops, o.hbm / chip.hbm))
     plan.operations = [
         {"name": o.name, "seconds": max(o.flops / chip.flops, o.hbm / chip.hbm), "flops": o.flops,
          "hbm": o.hbm, "times": o.times, "background": o.background, "source": o.source}

@@ -12,8 +12,8 @@ import rich
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import config as config_lib
 from jaxvp import chips, distributed, optim, sharding
+from jaxvp import config as config_lib
 from jaxvp.data import mixture
 from jaxvp.data.clips import ClipSpec
 from jaxvp.methods import base
