@@ -31,7 +31,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import rich.console
-import rich.table
 from absl import app, flags, logging
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,9 +38,10 @@ from ml_collections import config_flags
 
 from jaxvp import chips, hlo_analysis, rules, sharding, step
 from jaxvp import config as config_lib
-from jaxvp.chips import GIB, Machine
+from jaxvp.chips import Machine
 from jaxvp.data import mixture
 from jaxvp.flops import model_flops
+from jaxvp.plan_report import gib, report, report_sweep
 
 STATE = {"params": "parameters", "ema": "EMA", "opt_state": "optimizer"}
 TRANSIENT = "activations, gradients, temporary"
@@ -323,10 +323,10 @@ def advice(plan: Plan, config: step.TrainConfig, remat: str) -> list[str]:
 
     if mesh["data"] > 1:
         say(state * (1 - 1 / mesh["data"]),
-            f"config.mesh.data=1, fsdp={shards}: the state shrinks from {_gib(state)} to "
-            f"{_gib(state / mesh['data'])}.")
+            f"config.mesh.data=1, fsdp={shards}: the state shrinks from {gib(state)} to "
+            f"{gib(state / mesh['data'])}.")
     if not config.offload_optimizer and memory.get("optimizer"):
-        say(memory["optimizer"], f"config.offload_optimizer=True: {_gib(memory['optimizer'])} of "
+        say(memory["optimizer"], f"config.offload_optimizer=True: {gib(memory['optimizer'])} of "
             "optimizer move to the host.")
     if rows > 1:
         factor = next((f for f in (2, 4, 8, 16, 32, 64) if rows % f == 0 and
@@ -344,101 +344,6 @@ def advice(plan: Plan, config: step.TrainConfig, remat: str) -> list[str]:
         say(state / 2, f"More chips: the state alone fills {state / capacity:.0%} of one; with "
             f"fsdp over {least} chips it fills 80 %.")
     return [text for _, text in sorted(found, key=lambda item: -item[0])]
-
-
-# The report.
-
-def report(plan: Plan, console: rich.console.Console):
-    """Prints the plan as tables."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 chip"
-    console.print(f"{plan.config} on {plan.topology}: {plan.chips} chips ({mesh}), batch "
-                  f"{plan.batch_size}"
-                  + (f" in {plan.microbatches} parts" if plan.microbatches > 1 else ""))
-    total = sum(plan.parameters.values())
-    console.print(f"Parameters: {total:,} (" + ", ".join(
-        f"{part} {count:,}" for part, count in plan.parameters.items()) + ")")
-    table = rich.table.Table("memory per chip", "GiB", title_justify="left")
-    for label, size in plan.memory.items():
-        table.add_row(label, f"{size / GIB:.2f}")
-    table.add_section()
-    table.add_row("total", f"{plan.hbm_bytes_per_chip / GIB:.2f}")
-    table.add_row("capacity", f"{plan.hbm_capacity_bytes / GIB:.2f}")
-    for label, size in plan.host_memory.items():
-        table.add_row(f"{label}, in host memory", f"{size / GIB:.2f}")
-    console.print(table)
-    flops = sum(plan.model_flops.values())
-    table = rich.table.Table("model FLOPs per step", "TFLOP", "share")
-    for component, value in plan.model_flops.items():
-        table.add_row(component, f"{value / 1e12:,.2f}", f"{value / flops:.1%}")
-    table.add_section()
-    table.add_row("total, without recomputation", f"{flops / 1e12:,.2f}", "")
-    if plan.compiled_flops:
-        compiled = plan.compiled_flops * plan.chips
-        table.add_row("compiled, all chips", f"{compiled / 1e12:,.2f}", f"{compiled / flops:.1%}")
-    console.print(table)
-    if plan.roofline:
-        _report_times(plan, console)
-    console.print("Fits." if plan.fits else
-                  f"[bold red]Does not fit[/]: {_gib(plan.hbm_bytes_per_chip)} of "
-                  f"{_gib(plan.hbm_capacity_bytes)} per chip. Change one or more:")
-    for line in plan.advice:
-        console.print(f"  - {line}", highlight=False)
-
-
-def _report_times(plan: Plan, console: rich.console.Console):
-    table = rich.table.Table("collective", "axes", "MiB each", "times", "ms", "beside compute")
-    merged = {}
-    for c in plan.collectives:
-        key = c["kind"], c["axes"], c["bytes"], c["background"]
-        times, seconds = merged.get(key, (0, 0.0))
-        merged[key] = times + c["times"], seconds + c["seconds"]
-    shown = sorted(merged.items(), key=lambda item: -item[1][1])
-    for (kind, axes, size, background), (times, seconds) in shown[:16]:
-        table.add_row(kind, " ".join(axes), f"{size / 2**20:,.2f}", f"{times:,}",
-                      f"{seconds * 1e3:,.2f}", "yes" if background else "no")
-    if len(shown) > 16:
-        rest = [value for _, value in shown[16:]]
-        table.add_row(f"{len(rest)} smaller", "", "", f"{sum(t for t, _ in rest):,}",
-                      f"{sum(s for _, s in rest) * 1e3:,.2f}", "")
-    console.print(table)
-    unknown = [name for name, trips in plan.loops.items() if trips is None]
-    if unknown:
-        console.print(f"Loops of unknown length, counted once: {', '.join(unknown)}")
-    table = rich.table.Table("seconds per step", "at full rate")
-    for term, seconds in plan.roofline.items():
-        table.add_row(term + (" (bound)" if term == plan.bound_by else ""), f"{seconds:.4f}")
-    table.add_section()
-    table.add_row("estimate, without perfect overlap", f"{plan.step_seconds_estimate:.4f}")
-    console.print(table)
-    console.print(f"MFU: at most {plan.mfu_bound:.1%}, estimate {plan.mfu_estimate:.1%}; "
-                  f"{_gib(plan.bytes_moved)} of HBM moved per chip; "
-                  f"compiled in {plan.compile_seconds:.0f} s.")
-
-
-def _report_sweep(plans: list, console: rich.console.Console):
-    table = rich.table.Table("topology", "chips", "GiB", "compute", "HBM", "ICI", "DCN", "bound",
-                             "MFU at most", "estimate", "")
-    taken_over = False
-    for machine, plan in plans:
-        if isinstance(plan, str):
-            table.add_row(str(machine), str(machine.chips), *[""] * 8, plan)
-            continue
-        row = [str(machine), str(plan.chips), f"{plan.hbm_bytes_per_chip / GIB:.1f}"]
-        note = "" if plan.fits else "does not fit"
-        if plan.roofline:
-            t = plan.roofline
-            row += [f"{t[term]:.3f}" for term in ("compute", "hbm", "ici", "dcn")]
-            row += [plan.bound_by, f"{plan.mfu_bound:.1%}", f"{plan.mfu_estimate:.1%}"]
-            if plan.communication_bound and not taken_over:
-                taken_over, note = True, "communication takes over"
-        else:
-            row += [""] * 7
-        table.add_row(*row, note)
-    console.print(table)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB"
 
 
 def to_json(plan: Plan) -> dict:
@@ -478,7 +383,7 @@ def start():
             except ValueError as error:
                 plans.append((smaller, str(error)))
         plans.append((machine, plan))
-        _report_sweep(plans, console)
+        report_sweep(plans, console)
         result["sweep"] = [{"topology": str(m), "chips": m.chips, "error": p}
                            if isinstance(p, str) else to_json(p) for m, p in plans]
     if settings.json:

@@ -263,7 +263,7 @@ def test_reports(capsys):
     found.roofline["ici"] = 1.0
     plan.report(found, console)
     machine = chips.parse("v5p:4x4x4")
-    plan._report_sweep([(machine, "does not divide"), (machine, found)], console)
+    plan.report_sweep([(machine, "does not divide"), (machine, found)], console)
     text = capsys.readouterr().out
     for word in ("all-gather", "reduce-scatter", "fsdp", "MFU: at most", "takes over",
                  "does not divide"):

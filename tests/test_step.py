@@ -123,7 +123,8 @@ def test_replicas_reduce_their_gradients_once():
             compiled = built.update.lower(*shapes, jax.ShapeDtypeStruct((), jnp.int32)).compile()
         found = hlo_analysis.analyze(compiled.as_text(), mesh.size).collectives
         moved[microbatches] = sum(
-            c.bytes * c.times for c in found if "data" in hlo_analysis.mesh_axes(c.groups, mesh.shape))
+            c.bytes * c.times for c in found
+            if "data" in hlo_analysis.mesh_axes(c.groups, mesh.shape))
     trained = [x for part in ("video", "text") for x in jax.tree.leaves(
         jax.tree.map(lambda x: np.zeros(x.sharding.shard_shape(x.shape), x.dtype),
                      built.abstract["params"][part]))]
