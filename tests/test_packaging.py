@@ -39,7 +39,8 @@ def test_the_evaluator_imports_no_training_code(module):
 def test_the_entry_points_exist():
     scripts = SETUP["options.entry_points"]["console_scripts"].split("\n")
     targets = dict(re.split(r"\s*=\s*", line) for line in scripts if line)
-    assert targets.keys() == {"jaxvp-train", "jaxvp-export", "jaxvp-evaluate"}
+    assert targets.keys() == {
+        "jaxvp-train", "jaxvp-export", "jaxvp-evaluate", "jaxvp-plan"}
     for target in targets.values():
         module, name = target.split(":")  # Not imported: two commands define flags of one name.
         tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
