@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxvp import rules, sharding
+from jaxvp import hlo, hlo_analysis, rules, sharding
 from jaxvp.models.transformer import WAN_RULES, VideoTransformer
 
 MODEL = VideoTransformer(channels=4, width=32, layers=2, heads=4, ffn=48, text_width=16)
@@ -73,15 +73,15 @@ def test_sharded_equals_unsharded(compiled, expected, mesh):
 
 
 def collectives(text):
-    """[(kind, shapes, name of the operation)] of compiled HLO."""
+    """[(kind, shapes, name of the operation)] of compiled HLO, between several devices."""
     found = []
-    for line in text.splitlines():
-        kind = re.search(r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter)\(", line)
-        if kind and "{{0},{1}" not in line:
-            shapes = [tuple(map(int, shape.split(","))) if shape else ()
-                      for shape in re.findall(r"\[([\d,]*)\]\{", kind[1])]
-            name = re.search(r'op_name="([^"]*)"', line)
-            found.append((kind[2], shapes, name[1] if name else ""))
+    for computation in hlo.parse(text).computations.values():
+        for instruction in computation.instructions.values():
+            if (instruction.opcode in hlo_analysis.COLLECTIVES
+                    and hlo.replica_groups(instruction, 8).shape[1] > 1):
+                shapes = [array.dims for array in instruction.type]
+                name = instruction.attribute(r'op_name="([^"]*)"') or ""
+                found.append((instruction.opcode, shapes, name))
     return found
 
 
