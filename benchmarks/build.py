@@ -9,10 +9,7 @@ sensor, one MP4 per camera and episode beside the states and actions. Then it co
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -23,6 +20,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from result import hardware, save, versions
 
 from data_builders import build, builder, episode, video
 
@@ -122,14 +120,6 @@ def size_of(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.machine()
-
-
 def measure(settings: argparse.Namespace) -> dict:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
@@ -155,11 +145,9 @@ def measure(settings: argparse.Namespace) -> dict:
             "raw_megabytes": round(size_of(raw), 1),
             "rlds_megabytes": round(size_of(made), 1),
             "load_before": [round(value, 2) for value in load],
-            "hardware": f"{processor()}, {os.cpu_count()} cores, {platform.machine()}",
-            "versions": {"python": platform.python_version()} | {
-                package: importlib.metadata.version(package)
-                for package in ("av", "opencv-python-headless", "tensorflow-datasets",
-                                "array-record", "protobuf")},
+            "hardware": hardware(),
+            "versions": versions("av", "opencv-python-headless", "tensorflow-datasets",
+                                 "array-record", "protobuf"),
         }
 
 
@@ -170,12 +158,7 @@ def main(argv: list[str]):
     parser.add_argument("--turns", type=int, default=3, help="the median counts")
     parser.add_argument("--json", type=Path, help="file for the result")
     settings = parser.parse_args(argv)
-    result = measure(settings)
-    for name, value in result.items():
-        print(f"{name:24} {value}")
-    if settings.json:
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps(result, indent=2) + "\n")
+    save(measure(settings), settings.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import threading
 import time
@@ -24,8 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import h5py
-import numpy as np
 import rich
+from result import hardware, versions
 from rich import progress, table
 
 from jaxvp.envs import libero
@@ -133,8 +132,7 @@ def main(argv: list[str]):
             "num_workers": settings.num_workers,
             "image_size": settings.image_size,
             "cameras": settings.cameras,
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-            "versions": {"python": platform.python_version(), "numpy": np.__version__},
+            "hardware": hardware(), "versions": versions("numpy"),
             "simulator": simulator(assets),
             "tasks": rows,
         }

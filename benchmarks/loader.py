@@ -20,10 +20,8 @@ Frames are counted once: past the end of an episode a clip repeats the last.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,7 @@ from typing import ClassVar
 
 import cv2
 import numpy as np
+from result import hardware, save, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("jaxvp", "mp4", "tfds")
@@ -268,11 +267,9 @@ def compare(folder: Path, options: argparse.Namespace) -> dict:
         "jpeg_bytes_per_frame": sizes[0] / frames, "mp4_bytes_per_frame": sizes[1] / frames,
         "index_and_statistics_seconds": index_seconds, "load_before": load,
         "load_after": os.getloadavg()[0],
-        "hardware": f"{processor()}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{
-            name: importlib.metadata.version(name) for name in (
-                "grain", "numpy", "opencv-python-headless", "av", "tensorflow-datasets",
-                "array-record")}}}
+        "hardware": hardware(),
+        "versions": versions("grain", "numpy", "simplejpeg", "opencv-python-headless", "av",
+                             "tensorflow-datasets", "array-record")}
     for name, found in turns.items():
         total = {key: sum(turn[key] for turn in found)
                  for key in ("seconds", "frames", "clips", "cpu_seconds")}
@@ -286,13 +283,6 @@ def compare(folder: Path, options: argparse.Namespace) -> dict:
         rates = [result[which]["frames_per_second"] for which in ("jaxvp", name)]
         result[f"ratio_{name}"] = rates[0] / rates[1]
     return result
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")),
-                platform.machine())
 
 
 def main(argv: list[str]):
@@ -314,12 +304,7 @@ def main(argv: list[str]):
         print(json.dumps(run_side(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(folder), options)
-    for name, value in result.items():
-        print(f"{name:28} {value}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(compare(Path(folder), options), options.json)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ has them, by default this one.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from result import hardware, save, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,8 +120,8 @@ def jaxvp_side(case: Case, steps: int, weights: Path | None) -> dict:
         "times": times[steps:], "loss": float(value), "peak_bytes": memory or peak_rss(),
         "output": None if out is None else np.asarray(out).ravel()[:4096].tolist(),
         "flops": 3 * case.batch * sum(model.flops(tokens, case.text_tokens).values()),
-        "parameters": model.parameter_count, "hardware": device.device_kind,
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax")}}
+        "parameters": model.parameter_count, "device": device.device_kind,
+        "versions": versions("jax", "jaxlib", "flax")}
 
 
 def peer_side(case: Case, steps: int, sizes: dict, weights: Path | None) -> dict:
@@ -168,7 +167,7 @@ def peer_side(case: Case, steps: int, sizes: dict, weights: Path | None) -> dict
         "times": times[steps:], "loss": float(loss.detach()),
         "output": None if case.train else first.tolist(),
         "peak_bytes": torch.cuda.max_memory_allocated() if case.train else peak_rss(),
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "diffusers")}}
+        "versions": versions("torch", "diffusers")}
 
 
 def peak_rss() -> int:
@@ -216,17 +215,17 @@ def compare(options: argparse.Namespace) -> dict:
         "jaxvp_seconds": seconds["jaxvp"], "clips_per_second": case.batch / seconds["jaxvp"],
         "model_tflops_per_second": ours[0]["flops"] / seconds["jaxvp"] / 1e12,
         "jaxvp_peak_bytes": max(turn["peak_bytes"] for turn in ours),
-        "hardware": f"{ours[0]['hardware']}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), **ours[0]["versions"]}}
+        "device": ours[0]["device"], "hardware": hardware(),
+        "versions": ours[0]["versions"]}
     for name, chip in chips.CHIPS.items():
-        if name in ours[0]["hardware"].lower():
+        if name in ours[0]["device"].lower():
             result["mfu"] = result["model_tflops_per_second"] * 1e12 / chip.flops
     if peer:
         result |= {
             "peer": "diffusers WanTransformer3DModel", "peer_seconds": seconds["peer"],
             "ratio": seconds["peer"] / seconds["jaxvp"],
             "peer_peak_bytes": max(turn["peak_bytes"] for turn in theirs)}
-        result["versions"] |= theirs[0]["versions"]
+        result["versions"] = theirs[0]["versions"] | result["versions"]
         if not case.train:
             a, b = (np.array(turn[0]["output"]) for turn in (ours, theirs))
             result["output_difference"] = float(np.abs(a - b).max() / np.abs(b).max())
@@ -250,12 +249,7 @@ def main(argv: list[str]):
         # The sizes without importing jaxvp, whose packages the peer's Python may lack.
         print(json.dumps(peer_side(case, options.steps, sizes_of(case.size), options.weights)))
     else:
-        result = compare(options)
-        for name, value in result.items():
-            print(f"{name:24} {value}")
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(compare(options), options.json)
 
 
 def sizes_of(name: str) -> dict:

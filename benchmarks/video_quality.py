@@ -9,13 +9,12 @@ rest. Frames past the end of an episode do not count.
 
 import argparse
 import json
-import os
-import platform
 
 import cv2
 import jax
 import numpy as np
 import rich
+from result import hardware
 from rich.table import Table
 
 from jaxvp import checkpoint
@@ -77,7 +76,7 @@ def main():
             json.dump({
                 "benchmark": "video_quality", **result,
                 "step": checkpoint.restore_json(settings.workdir, "progress")["step"],
-                "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+                "hardware": hardware(),
                 "versions": checkpoint.versions(), "config": assets["config"],
             }, file, indent=2)
 

@@ -94,6 +94,13 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         sys.exit(f"error: {error}")
 
 
+def flag_name() -> str:
+    """What --config names, without folders: FILE.py or FILE.py:VARIANT."""
+    from absl import flags
+    from ml_collections import config_flags
+    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name
+
+
 @contextlib.contextmanager
 def one_line_errors(folder: str = str(pathlib.Path(__file__).parent)):
     """Ends the program with one line for an error that jaxvp itself raises about what it was

@@ -25,8 +25,7 @@ def start():
     distributed.initialize()
     settings = flags.FLAGS
     config = settings.config
-    file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
-    name = "_".join(filter(None, (pathlib.Path(file).stem, variant)))
+    name = config_lib.flag_name().replace(".py:", "_").removesuffix(".py")
     workdir = settings.workdir or pathlib.Path("runs") / name
     check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
     if config.get("embedded") and jax.process_index() == 0:

@@ -370,8 +370,7 @@ def start():
     if not machine.chip.axes and not settings.dry_run:
         console.print(f"{machine}: absent GPUs cannot be compiled for; this is --dry_run.")
     config = config_lib.build(step.TrainConfig, settings.config, "config")
-    file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
-    name = f"{Path(file).name}:{variant}" if variant else Path(file).name
+    name = config_lib.flag_name()
     plan = make_plan(config, machine, name, settings.dry_run)
     report(plan, console)
     result = to_json(plan)

@@ -289,14 +289,12 @@ def main(argv):
 def start():
     """Inspects what the flags say."""
     settings = flags.FLAGS
-    file, _, variant = config_flags.get_config_filename(settings["config"]).partition(":")
-    name = f"{Path(file).name}:{variant}" if variant else Path(file).name
     config = config_lib.build(DataConfig, settings.config.data, "config.data")
     console = rich.console.Console(markup=False, highlight=False)  # Texts may have brackets.
     found = inspect(config)
     tables(found, console)
     if settings.out:
-        write(Path(settings.out), found, name, config)
+        write(Path(settings.out), found, config_lib.flag_name(), config)
         console.print(f"Look at {settings.out}/data.html", soft_wrap=True)
 
 

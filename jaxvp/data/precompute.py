@@ -122,14 +122,17 @@ def precompute(source: mixture.SourceConfig, encoder: Encoder, out: Path, stride
     if final.exists():
         raise FileExistsError(f"{final} exists already: choose another --out or delete it.")
     folder = final.with_name(f"{final.name}.incomplete")
-    folder.mkdir(parents=True, exist_ok=True)
     views = [source.cameras.get(camera, camera) for camera in encoder.spec.cameras]
     settings = encoder.identity | {"stride": stride, "views": views}
     plan = folder / "plan.json"
     if plan.exists() and json.loads(plan.read_text()) != settings:
         raise FileExistsError(f"{folder} is left from a run with other settings, see {plan}: "
                               "repeat that run to finish it, or delete the folder.")
-    plan.write_text(json.dumps(settings))
+    _together(f"start {final}")  # All have looked before one writes.
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(json.dumps(settings))
+    _together(f"write {final}")
 
     info = tfds.builder_from_directory(original).info
     splits = [split for split in info.splits.values()
@@ -148,11 +151,16 @@ def precompute(source: mixture.SourceConfig, encoder: Encoder, out: Path, stride
                 continue
             records = range(int(end) - count, int(end))
             _write(target, records, views, encoder, settings)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"precompute {final}")
+    _together(f"finish {final}")
     if jax.process_index() == 0:
         _finish(folder, final, info, splits, encoder.shape)
     return final
+
+
+def _together(what: str):
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _write(target: Path, records: range, views: Views, encoder: Encoder, settings: dict):
@@ -165,7 +173,11 @@ def _write(target: Path, records: range, views: Views, encoder: Encoder, setting
 
             def clip(start, record=record, steps=steps):
                 arrays = encoder.spec.empty()
-                views.fill(record, steps, start, arrays)
+                try:
+                    views.fill(record, steps, start, arrays)
+                except rlds.BadRecord as error:
+                    raise ValueError(f"{episodes.name(record)}: {error}. Build the dataset "
+                                     "again.") from error
                 return arrays
 
             starts = range(0, length, settings["stride"])
@@ -225,10 +237,14 @@ def write(settings):
     config = config_lib.build(step_lib.TrainConfig, settings.config, "config")
     if settings.stride < 1:
         raise ValueError(f"--stride={settings.stride} must be at least 1.")
+    # Of DIR/NAME/VERSION and DIR/NAME alike, NAME.
+    names = [rlds.version_folder(source.path).parent.name for source in config.data.sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Several sources are in folders named {', '.join(twice)}, and would "
+                         f"become one in --out={settings.out}: run the command for one at a time.")
     encoder = Encoder(config, settings.batch_size)
     console = rich.console.Console()
-    for source in config.data.sources:
-        name = Path(source.path).expanduser().name
+    for source, name in zip(config.data.sources, names, strict=True):
         folder = precompute(source, encoder, Path(settings.out, name), settings.stride)
         console.print(f"{source.path}: {folder}", soft_wrap=True)
     console.print(f"data: {{latents: {encoder.shape}}}, and these sources.", soft_wrap=True)

@@ -303,9 +303,7 @@ def test_statistics_need_no_image(make_dataset):
     info = json.loads((folder / "dataset_info.json").read_text())
     info["splits"][0]["shardLengths"] = ["200"]
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    start = time.monotonic()
     found = mixture.statistics(config(folder))["test robot"].action
-    assert time.monotonic() - start < 10
     assert found.count == 100_000
     np.testing.assert_allclose(found.mean, actions.mean((0, 1), np.float64))
     np.testing.assert_allclose(found.q99, np.quantile(actions.astype(float), 0.99, (0, 1)))

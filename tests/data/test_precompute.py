@@ -1,6 +1,8 @@
 """Latents that are stored once: what is written, what training reads, and stopping between."""
 
 import dataclasses
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from configs import pretrain
 from jaxvp import step, train
 from jaxvp.config import build
 from jaxvp.data import mixture, precompute, rlds
+from jaxvp.weights import streaming, wan_vae
 
 ROOT = Path(__file__).parents[2]
 METHOD = {
@@ -154,11 +157,93 @@ def test_the_command(dataset, tmp_path):
         "--config.data.image_size=16", f"--out={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
-    name = Path(dataset).name
+    name = Path(dataset).parent.name
     assert "data: {latents: (4, 6, 4, 48)}" in run.stdout
     assert rlds.Episodes(tmp_path / name, "train").stored_latents["stride"] == 4
     run = subprocess.run([*command, "--stride=0"], cwd=ROOT, text=True, capture_output=True)
     assert run.returncode == 1 and run.stderr.strip() == "error: --stride=0 must be at least 1."
+
+
+def test_the_codecs_weights_are_read_and_remembered(stored, tmp_path):
+    arrays = dict(np.load(ROOT / "tests/golden/vae_2.1.npz"))
+    arrays = {key: array for key, array in arrays.items() if "." in key}
+    path = tmp_path / "vae.safetensors"
+    streaming.write_file(path, {k: (a.shape, a.dtype) for k, a in arrays.items()}, arrays.get)
+    codec = {"name": "wan", "version": "2.1", "width": 4, "decoder_width": 4}
+    config = config_of(stored[0], num_frames=5, image_size=32) | {"method": METHOD | {
+        "codec": codec}, "pretrained": {"codec": str(path)}}
+    encoder = precompute.Encoder(plain(config), batch_size=8)
+    assert encoder.shape == (2, 6, 4, 16) and encoder.identity["weights"]
+    clip = encoder.spec.empty()
+    clip["video"][:], clip["view_mask"][:] = 90, True
+    (found,) = encoder([clip])
+    method = step.make_method(plain(config | {"data": config["data"] | {
+        "action_size": 1, "state_size": 1}}), dataclasses.replace(
+            encoder.spec, action_size=1, state_size=1))
+    params = {"codec": wan_vae.load(path, method.video_codec)[0]}
+    expected = method.encode(params, {name: clip[name][None] for name in ("video", "view_mask")})
+    np.testing.assert_allclose(found, expected[0], atol=2e-3)
+    with pytest.raises(ValueError, match="config.pretrained.codec is empty"):
+        precompute.Encoder(plain(config | {"pretrained": {}}), batch_size=8)
+
+
+def test_an_unreadable_picture_is_named(make_dataset, tmp_path):
+    config = plain(config_of(make_dataset("bad", val_fraction=0.4, bad_frame=(1, 3))))
+    encoder = precompute.Encoder(config, batch_size=8)
+    with pytest.raises(ValueError, match="episode episode-1 from step 0: camera head, step 3.*"
+                                         "Build the dataset again"):
+        precompute.precompute(config.data.sources[0], encoder, tmp_path / "out", 3)
+    assert not list((tmp_path / "out").glob("*/dataset_info.json"))
+
+
+TWO_PROCESSES = """
+import sys
+from jaxvp import distributed
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+from pathlib import Path
+from jaxvp.data import precompute
+from test_precompute import config_of, plain
+config = plain(config_of(sys.argv[3]))
+write = precompute._write
+def note(target, *arguments):
+    print("wrote", target.name)
+    write(target, *arguments)
+precompute._write = note
+encoder = precompute.Encoder(config, batch_size=8)
+precompute.precompute(config.data.sources[0], encoder, Path(sys.argv[4]), 3)
+"""
+
+
+def test_two_processes_share_the_files(stored, tmp_path):
+    original, alone = stored
+    with socket.create_server(("", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                                "PYTHONPATH": os.pathsep.join(paths)}
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(original), str(tmp_path)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for i in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    written = [{line.split()[1] for line in out.splitlines() if line.startswith("wrote")}
+               for out in outputs]
+    assert all(written) and not written[0] & written[1]
+    for path in alone.glob("*.array_record*"):
+        assert path.name in written[0] | written[1]
+        assert (tmp_path / alone.name / path.name).read_bytes() == path.read_bytes()
+    assert rlds.splits(tmp_path / alone.name) == ("train", "val")
+
+
+def test_sources_of_one_name_are_refused(make_dataset, tmp_path):
+    paths = [make_dataset(f"{folder}/same").parent for folder in ("a", "b")]
+    command = [
+        sys.executable, "-m", "jaxvp.data.precompute", f"--config={ROOT}/configs/pretrain.py",
+        f"--config.data.sources=({{'path': '{paths[0]}'}}, {{'path': '{paths[1]}'}})",
+        f"--out={tmp_path / 'out'}"]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == 1 and "Several sources are in folders named same" in run.stderr
 
 
 def test_encoding_spreads_over_the_devices(stored):

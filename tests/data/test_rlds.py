@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -297,35 +295,6 @@ def test_index_takes_little_memory(make_dataset):
     tracemalloc.stop()
     assert len(episodes) == 20_000 and size < 250 * 20_000
     assert episodes.text("episode_id", 19_999) == "2024-03-01-12-00-00/episode_0019999"
-
-
-OPEN = """
-import re, sys, time
-from jaxvp.data import mixture
-from jaxvp.data.normalize import Normalizer, Stats
-
-stats = [Stats("x" * n, [""] * n, 1, *[[0.0] * n] * 6) for n in (3, 2)]
-source = {"path": sys.argv[1], "min_views": 2, "min_seconds": 1.0, "weight": None,
-          "validation_split": "", "validation_fraction": 0.01}
-sources = source, source | {"robots": ("test robot",)}
-config = mixture.DataConfig(sources=sources, num_frames=4, fps=5, chunk=2, image_size=16)
-start = time.monotonic()
-batches = mixture.train_iterator(config, 8, 0, normalizers={"test robot": Normalizer(*stats)})
-batches.set_state({"step": 10**7, "batch_size": 8})
-peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
-print(time.monotonic() - start, 1024 * int(peak))
-"""
-
-
-def test_a_million_episodes_open_at_once(make_dataset):
-    folder = make_dataset("million")
-    Episodes(folder, "train")
-    simulate(folder, 500_000)
-    result = subprocess.run([sys.executable, "-c", OPEN, str(folder)], capture_output=True,
-                            text=True)
-    assert not result.returncode, result.stderr
-    seconds, peak = map(float, result.stdout.split())
-    assert seconds < 10 and peak < 1e9
 
 
 def test_missing_shard(make_dataset):
