@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from jaxvp import sharding
 from jaxvp.models.module import Linear
 
-# A CPU computes 2 MB of scores at once faster, 16 MB in chunks faster (forward and backward).
-SCORES = 4 << 20
-QUERIES, KEYS = 128, 2048  # Largest chunk of `chunked`.
+# `chunked` computes so many scores at a time, of at most so many keys. On two CPU cores a step of
+# Wan's shape takes 4 to 8 % longer with half or twice as many; `xla` is faster below half a chunk.
+SCORES, KEYS = 2 << 20, 2048
 BLOCK, LANES = 1024, 128  # Largest block of `splash`, and what a block is a multiple of.
 
 _portable = contextvars.ContextVar("portable", default=False)
@@ -197,74 +198,93 @@ def _fastest(q: jax.Array, k: jax.Array) -> str:
         return "splash"
     if where == "gpu" and q.dtype.itemsize == 2 and width % 8 == 0 and width <= 128:
         return "cudnn"
-    return "xla" if 4 * batch * heads * queries * keys <= SCORES else "chunked"
+    return "xla" if batch * heads * queries * keys < SCORES // 2 else "chunked"
 
 
 def _xla(q, k, v):
     """All the scores at once."""
-    scores = _scores(*(rearrange(x, "b n k e -> b k n e") for x in (q, k)))
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    out = jnp.einsum("bknm,bmke->bnke", weights, v, preferred_element_type=jnp.float32)
-    return checkpoint_name(out.astype(q.dtype), "attention")
+    q, k, v = (rearrange(x, "b n k e -> b k n e") for x in (q, k, v))
+    weights = jax.nn.softmax(_product("bkne,bkme->bknm", q, k) / math.sqrt(q.shape[-1]))
+    out = _product("bknm,bkme->bkne", weights.astype(v.dtype), v)
+    return checkpoint_name(rearrange(out, "b k n e -> b n k e").astype(q.dtype), "attention")
 
 
 @jax.custom_vjp
 def _chunked(q, k, v):
-    """Scores of a few queries and keys at a time, so that memory is linear in N and in M.
+    """Some of the scores at a time, so that memory is linear in N and in M.
 
-    FlashAttention (arXiv 2205.14135), as loops around matrix products.
+    FlashAttention (arXiv 2205.14135), as loops around matrix products: over groups of heads (of
+    the whole batch), chunks of queries, chunks of keys.
     """
     return _chunked_forward(q, k, v)[0]
 
 
 def _chunked_forward(q, k, v):
-    tokens = q.shape[1]
+    sizes, scale = _chunk_sizes(q, k), 1 / math.sqrt(q.shape[-1])
 
-    def row(_, q):
-        def column(carry, chunk):
-            top, total, out = carry
-            k, v, padding = chunk
-            scores = _scores(q, k) + padding
-            new = jnp.maximum(top, scores.max(-1, keepdims=True))
-            weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
-            total = total * fade + weights.sum(-1, keepdims=True)
-            out = out * fade + _product("bknm,bkme->bkne", weights.astype(v.dtype), v)
-            return (new, total, out), None
+    def group(chunks):
+        queries, *memory = chunks
 
-        edge = (*q.shape[:-1], 1)
-        start = jnp.full(edge, -jnp.inf), jnp.zeros(edge), jnp.zeros(q.shape)
-        (top, total, out), _ = jax.lax.scan(column, start, memory)
-        return None, ((out / total).astype(q.dtype), top + jnp.log(total))
+        def row(q):
+            def column(carry, chunk):
+                top, total, out = carry
+                k, v, padding = chunk
+                scores = _scores(q, k, padding)
+                new = jnp.maximum(top, scores.max(-1, keepdims=True))
+                weights, fade = jnp.exp((scores - new) * scale), jnp.exp((top - new) * scale)
+                total = total * fade + weights.sum(-1, keepdims=True)
+                out = out * fade + _product("knm,kme->kne", weights.astype(v.dtype), v)
+                return (new, total, out), None
 
-    memory = *(_split(x, KEYS) for x in (k, v)), _padding(k.shape[1])
-    _, (out, lse) = jax.lax.scan(row, None, _split(q, QUERIES))
-    out, lse = (checkpoint_name(_join(x, tokens), "attention") for x in (out, lse))
+            edge = (*q.shape[:-1], 1)
+            start = jnp.full(edge, -jnp.inf), jnp.zeros(edge), jnp.zeros(q.shape)
+            (top, total, out), _ = jax.lax.scan(column, start, (*memory, padding))
+            return (out / total).astype(q.dtype), top * scale + jnp.log(total)
+
+        return jax.lax.map(row, queries)
+
+    padding = _padding(k.shape[1], sizes.keys)
+    out, lse = jax.lax.map(group, (
+        _split(q, sizes.heads, sizes.queries),
+        *(_split(x, sizes.heads, sizes.keys) for x in (k, v))))
+    out, lse = (checkpoint_name(_join(x, q), "attention") for x in (out, lse))
     return out, (q, k, v, out, lse)
 
 
 def _chunked_backward(residuals, g):
     q, k, v, out, lse = residuals
-    delta = jnp.einsum("bnke,bnke->bnk", g, out, preferred_element_type=jnp.float32)[..., None]
+    sizes, scale = _chunk_sizes(q, k), 1 / math.sqrt(q.shape[-1])
+    delta = _product("bnke,bnke->bnk", g, out)[..., None]
 
-    def row(grads, chunk):
-        q, g, delta, lse = chunk
+    def group(chunks):
+        *rows, keys, values = chunks
 
-        def column(dq, chunk):
-            k, v, padding = chunk
-            weights = jnp.exp(_scores(q, k) + padding - lse)
-            dv = _product("bknm,bkne->bkme", weights.astype(g.dtype), g)
-            dscores = weights * (_product("bkne,bkme->bknm", g, v) - delta)
-            dscores = (dscores / math.sqrt(q.shape[-1])).astype(q.dtype)
-            dk = _product("bknm,bkne->bkme", dscores, q)
-            return dq + _product("bknm,bkme->bkne", dscores, k), (dk, dv)
+        def row(grads, chunk):
+            q, g, delta, lse = chunk
 
-        dq, parts = jax.lax.scan(column, jnp.zeros(q.shape), memory)
-        return jax.tree.map(jnp.add, grads, parts), dq.astype(q.dtype)
+            def column(dq, chunk):
+                k, v, padding = chunk
+                weights = jnp.exp(_scores(q, k, padding) * scale - lse)
+                dscores = weights * (_product("kne,kme->knm", g, v) - delta)
+                dscores = dscores.astype(q.dtype)
+                # Transposed: XLA's CPU products are slow where the large factor, the scores, is
+                # to be transposed.
+                dk = _product("kne,knm->kem", q, dscores)
+                dv = _product("kne,knm->kem", g, weights.astype(g.dtype))
+                return dq + _product("knm,kme->kne", dscores, k), (dk, dv)
 
-    memory = *(_split(x, KEYS) for x in (k, v)), _padding(k.shape[1])
-    start = jnp.zeros(memory[0].shape), jnp.zeros(memory[1].shape)
-    (dk, dv), dq = jax.lax.scan(row, start, tuple(_split(x, QUERIES) for x in (q, g, delta, lse)))
-    return _join(dq, q.shape[1]), *(_join(x, k.shape[1]).astype(k.dtype) for x in (dk, dv))
+            dq, parts = jax.lax.scan(column, jnp.zeros(q.shape), (keys, values, padding))
+            return jax.tree.map(jnp.add, grads, parts), (dq * scale).astype(q.dtype)
+
+        start = tuple(jnp.zeros(x.swapaxes(-1, -2).shape) for x in (keys, values))
+        (dk, dv), dq = jax.lax.scan(row, start, tuple(rows))
+        return dq, *(x.swapaxes(-1, -2).astype(q.dtype) for x in (dk * scale, dv))
+
+    padding = _padding(k.shape[1], sizes.keys)
+    grads = jax.lax.map(group, (
+        *(_split(x, sizes.heads, sizes.queries) for x in (q, g, delta, lse)),
+        *(_split(x, sizes.heads, sizes.keys) for x in (k, v))))
+    return tuple(_join(grad, x) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -318,27 +338,53 @@ IMPLEMENTATIONS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(q, k):
-    """float32[B, K, N, M] of q[B, K, N, E] and k[B, K, M, E]."""
-    return _product("bkne,bkme->bknm", q, k) / math.sqrt(q.shape[-1])
+class _Sizes(typing.NamedTuple):
+    heads: int
+    queries: int
+    keys: int
 
 
-def _split(x, largest: int):
-    """[B, N, K, E] -> equal chunks [n, B, K, N / n, E], the last one padded with zeros."""
-    count = -(-x.shape[1] // largest)
-    x = _pad(rearrange(x, "b n k e -> b k n e"), -(-x.shape[1] // count))
-    return rearrange(x, "b k (c n) e -> c b k n e", c=count)
+def _chunk_sizes(q, k) -> _Sizes:
+    """Of a chunk of about SCORES scores: the keys that KEYS allows, then queries, then heads."""
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    keys = _part(keys, KEYS)
+    queries = _part(queries, max(1, SCORES // keys))
+    most = max(1, SCORES // (queries * keys))
+    return _Sizes(max(n for n in range(1, most + 1) if batch * heads % n == 0), queries, keys)
 
 
-def _join(x, tokens: int):
-    """The inverse of `_split`."""
-    return rearrange(x, "c b k n e -> b (c n) k e")[:, :tokens]
+def _part(whole: int, largest: int) -> int:
+    """The size of as few equal parts as possible, the last one padded."""
+    return -(-whole // -(-whole // largest))
 
 
-def _padding(keys: int):
-    """What is added to the scores of chunks of keys: 0, minus infinity for padding."""
-    count = -(-keys // KEYS)
-    size = -(-keys // count)
+def _scores(q, k, padding):
+    """float32[K, N, M] of q[K, N, E] and k[K, M, E], not yet divided by sqrt(E)."""
+    scores = _product("kne,kme->knm", q, k)
+    return scores if padding is None else scores + padding
+
+
+def _split(x, heads: int, tokens: int):
+    """[B, N, K, E] -> chunks [groups of heads, chunks of tokens, heads, tokens, E], the last ones
+    padded with zeros."""
+    x = _pad(rearrange(x, "b n k e -> b k n e"), tokens)
+    x = rearrange(x, "b k (c n) e -> (b k) c n e", n=tokens)
+    return rearrange(x, "(g k) c n e -> g c k n e", k=heads)
+
+
+def _join(x, like):
+    """The inverse of `_split` of an array whose B, N and K are those of `like`."""
+    batch, tokens, heads, _ = like.shape
+    x = rearrange(x, "g c k n e -> (g k) (c n) e")
+    return rearrange(x, "(b k) n e -> b n k e", b=batch, k=heads)[:, :tokens]
+
+
+def _padding(keys: int, size: int):
+    """What is added to the scores of chunks of keys: 0, minus infinity for padding; None where no
+    key is padding."""
+    if keys % size == 0:
+        return None
+    count = -(-keys // size)
     return jnp.where(jnp.arange(count * size) < keys, 0.0, -jnp.inf).reshape(count, size)
 
 

@@ -85,7 +85,7 @@ def test_attention_is_softmax_of_normalised_heads():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention, "SCORES", 512)
     monkeypatch.setattr(attention, "KEYS", 32)
 
 
@@ -144,6 +144,15 @@ def test_implementations_agree_in_bfloat16(small_chunks, implementation):
     found = values_and_gradients(implementation)(*args)
     assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
     assert_close(found, reference(*args), 4e-2)
+
+
+@pytest.mark.parametrize("scores, sizes", [
+    (4 * 24 * 40, (3, 24, 40)), (24 * 40, (1, 24, 40)), (500, (1, 12, 40)), (1, (1, 1, 40))])
+def test_chunks_are_groups_of_heads_then_of_queries(monkeypatch, scores, sizes):
+    monkeypatch.setattr(attention, "SCORES", scores)
+    args = inputs(3, 24, 40, 2, 8)
+    assert attention._chunk_sizes(*args[:2]) == sizes
+    assert_close(values_and_gradients("chunked")(*args), reference(*args), 5e-6)
 
 
 def test_chunked_survives_scores_far_from_zero(small_chunks):
