@@ -20,7 +20,7 @@ import cv2
 import h5py
 import numpy as np
 
-from data_builders import builder, episode
+from data_builders import builder, episode, hdf5
 from data_builders.builder import option
 from jaxvp.envs import libero
 
@@ -67,22 +67,26 @@ class Builder(builder.Builder):
         )
 
     def items(self) -> list[tuple[str, str, str]]:
-        """(suite, task, key in the file), demonstrations in the order of their numbers.
+        """(suite, task, key in the file), demonstrations in the order of their numbers; the key is
+        empty for a file that cannot be read.
 
         Raises:
-          ValueError: a file has no demonstrations, or no images although they are to come from it.
+          FileNotFoundError: there are no files.
+          ValueError: a file has no images although they are to come from it.
         """
         if self.replay != "none":
             libero.setup(self.libero_assets)
         items = []
         for path in self._files():
-            with h5py.File(path) as file:
-                names = libero.demonstration_names(file)
-                if self.replay == "none" and "obs" not in file["data"][names[0]]:
-                    raise ValueError(
-                        f"{path}: data/{names[0]}/obs is missing, so it holds no images: render "
-                        "them with --replay=states."
-                    )
+            try:
+                with hdf5.opened(path) as file:
+                    names = libero.demonstration_names(file)
+                    images = "obs" in file["data"][names[0]]
+            except (OSError, ValueError):  # Counted when `build` raises it, too.
+                names, images = [""], True
+            if self.replay == "none" and not images:
+                raise ValueError(f"{path}: data/{names[0]}/obs is missing, so it holds no images: "
+                                 "render them with --replay=states.")
             task = path.name.removesuffix("_demo.hdf5")
             items += [(path.parent.name, task, name) for name in names]
         return items
@@ -103,7 +107,9 @@ class Builder(builder.Builder):
     def build(self, item: tuple[str, str, str]) -> Iterator[episode.Episode]:
         suite, task, name = item
         path = Path(self.raw, suite, f"{task}_demo.hdf5")
-        with h5py.File(path) as file:
+        with hdf5.opened(path) as file:
+            if not name:
+                libero.demonstration_names(file)  # Raises what stopped `items`.
             group = file["data"][name]
             states, action = libero.demonstration(group)
             if self.replay == "none":

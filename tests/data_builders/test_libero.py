@@ -176,6 +176,20 @@ def test_a_broken_demonstration_is_counted(raw, tmp_path):
     assert "demo_1" in entry["item"] and expected in entry["error"]
 
 
+def test_broken_files_are_counted(raw, tmp_path):
+    folder = Path(raw, "libero_object")
+    whole = (folder / f"{MILK}_demo.hdf5").read_bytes()
+    (folder / "cut_demo.hdf5").write_bytes(whole[:len(whole) // 2])
+    with h5py.File(folder / "empty_demo.hdf5", "w") as file:
+        file.create_group("data")
+    small = Builder(raw=str(raw), image_size=32, val_fraction=0.0)
+    _, report = build.build(small, small.items(), tmp_path / "out", num_workers=1)
+    assert (report.items, report.kept) == (6, 4)
+    cut, empty = sorted(report.unreadable, key=lambda entry: entry["item"])
+    assert "'cut'" in cut["item"] and "truncated file" in cut["error"]
+    assert "empty_demo.hdf5: the group data/demo_0 is missing" in empty["error"]
+
+
 def test_wrong_options_and_folders_are_named(raw, tmp_path):
     with pytest.raises(ValueError, match="--rotation must be one of 180, flip, none, found '90'"):
         Builder(raw=str(raw), rotation="90")
