@@ -166,7 +166,7 @@ class RawBuilder(Builder):
           length: L, steps of the episode.
           fps: steps per second of the dataset.
           action: float[L, A], without which `--noops` does nothing.
-          relative: which of the A dimensions are changes; the others are absolute.
+          relative: which of the A dimensions are changes, or speeds; the others are absolute.
 
         Raises:
           Skip: `--noops=drop` leaves nothing.

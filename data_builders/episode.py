@@ -99,7 +99,7 @@ def moving(action: np.ndarray, relative: Sequence[bool] = ()) -> np.ndarray:
 
     Args:
       action: float[L, A].
-      relative: which of the A dimensions are changes; empty: none.
+      relative: which of the A dimensions are changes, or speeds; empty: none.
     """
     relative = np.asarray(relative, bool) if len(relative) else np.zeros(action.shape[1], bool)
     kept, last = [], None

@@ -99,13 +99,14 @@ class Builder(builder.RawBuilder):
         }
         frames = {camera: video.measure(file)[0] for camera, file in videos.items()}
         length, cut = episode.shortest(states=len(state), **frames)
+        speeds = () if action is None else np.arange(action.shape[1]) >= state.shape[1]
         chosen = []
         for number, (start, end, text) in enumerate(self._segments(item, length)):
             try:
                 self.admit(end - start, FPS, len(videos))
                 text = self.instruction(text)
                 steps = start + self.kept(
-                    end - start, FPS, None if action is None else action[start:end])
+                    end - start, FPS, None if action is None else action[start:end], speeds)
             except Skip as skip:
                 yield skip
             else:

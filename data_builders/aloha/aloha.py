@@ -99,7 +99,8 @@ class Builder(builder.RawBuilder):
             if real and self.alignment == "act":
                 action = np.concatenate([action[:1], action[:-1]])
             action = action[:length]
-            steps = self.kept(length, FPS, action)
+            speeds = np.arange(action.shape[1]) >= len(ARMS)
+            steps = self.kept(length, FPS, action, speeds)
             encoded = {name: self._jpegs(frames, steps) for name, frames in found.items()}
         yield episode.Episode(
             dataset=self.name,

@@ -222,6 +222,18 @@ def test_actions_that_were_not_sent_at_every_step(tmp_path):
     assert len(first.state) == len(first.images["head"]) == 5
 
 
+def test_a_base_that_drives_moves(tmp_path):
+    write_task(tmp_path, 352, {4: []})
+    write_episode(tmp_path, 352, 4)
+    with h5py.File(tmp_path / "proprio_stats/352/4/proprio_stats.h5", "a") as file:
+        for part in ("joint", "effector", "head", "waist"):
+            file[f"action/{part}/position"][...] = 0.5
+        file["action/robot/velocity"][...] = 0.3
+        file["action/robot/velocity"][7:] = 0.0
+    (made,) = built(agibot(tmp_path, noops="drop", unlabelled="keep"), (352, 4))
+    assert len(made.state) == 7
+
+
 def test_bad_videos(tmp_path):
     root = tmp_path / "raw"
     write_task(root, 380, dict.fromkeys(range(1, 6), SEGMENTS))

@@ -144,6 +144,23 @@ def test_files_that_differ(tmp_path):
         built(aloha(tmp_path / "raw", min_views=3), "task/episode_3.hdf5")
 
 
+@pytest.mark.parametrize("speed, kept", [(0.2, 6), (0.0, 0)])
+def test_a_base_that_drives_moves(tmp_path, speed, kept):
+    path = tmp_path / "drive" / "episode_0.hdf5"
+    write(path, 6, MOBILE, base=True)
+    with h5py.File(path, "a") as file:
+        file["action"][...] = 1.0
+        file["base_action"][...] = speed
+    builder = aloha(tmp_path, noops="drop")
+    if not kept:
+        with pytest.raises(Skip, match="nothing moves"):
+            built(builder, "drive/episode_0.hdf5")
+        return
+    made = built(builder, "drive/episode_0.hdf5")
+    assert len(made.state) == kept
+    np.testing.assert_allclose(made.action[:, -2:], speed)
+
+
 def test_the_first_file_may_be_broken(tmp_path):
     folder = tmp_path / "raw" / "task"
     for number in range(3):
