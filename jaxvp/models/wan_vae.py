@@ -212,13 +212,12 @@ class Stream:
         return self.past is None
 
     def extend(self, x: jax.Array, frames: int) -> jax.Array:
-        """`x[B, T, ...]` behind the `frames` frames before it, zeros at the start of the clip."""
-        if self.starts:
-            x = _pad_past(x, frames)
-        else:
-            x = jnp.concatenate([self.past[len(self.seen)], x], axis=1)
-        self.seen.append(x[:, -frames:])
-        return x
+        """`x[B, T, ...]` behind the `frames` frames before it; at the start of the clip, where
+        they are zeros, as it is."""
+        whole = x if self.starts else jnp.concatenate([self.past[len(self.seen)], x], axis=1)
+        missing = max(0, frames - whole.shape[1])
+        self.seen.append(_pad_past(whole, missing)[:, -frames:])
+        return whole
 
 
 def _pad_past(x, frames):
@@ -233,7 +232,12 @@ class _CausalConv(nnx.Conv):
                          padding=((0, 0), *2 * ((space // 2, space // 2),)))
 
     def __call__(self, x, stream):
-        return super().__call__(stream.extend(x, 2))
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (
+            stream.extend(x, 2), self.kernel[...], self.bias[...]))
+        zeros = (2 if stream.starts else 0, 0)
+        return bias + jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), (zeros, *self.padding[1:]),
+            dimension_numbers=("NTHWC", "THWIO", "NTHWC"))
 
 
 class _Norm(nnx.Module):
@@ -310,8 +314,7 @@ class _Down(nnx.Module):
             y = self.conv(y)
         if self.time_conv is not None:
             first = y[:, :1 if stream.starts else 0]  # the first frame passes as it is
-            y = stream.extend(y, 1)[:, 1 if stream.starts else 0:]
-            y = jnp.concatenate([first, self.time_conv(y)], axis=1)
+            y = jnp.concatenate([first, self.time_conv(stream.extend(y, 1))], axis=1)
         return y + self._average(x, stream) if self.residual else y
 
     def _average(self, x, stream):
