@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs import pretrain
 
 VARIANTS = {
-    "": {"init_from": "runs/pretrain", "steps": 3600},
-    "untuned": {"init_from": "", "steps": 3600},
+    "": {"init_from": "runs/pretrain", "steps": 2600},
+    "untuned": {"init_from": "", "steps": 2600},
     "all": {"init_from": "runs/pretrain_all", "steps": 5400},
 }
 
