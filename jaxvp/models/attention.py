@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxvp import sharding
 from jaxvp.models.module import Linear
 
-# `chunked` computes so many scores at a time, of at most so many keys. On two CPU cores a step of
-# Wan's shape takes 4 to 8 % longer with half or twice as many; `xla` is faster below half a chunk.
+# `chunked` computes so many scores at a time, of at most so many keys: on two CPU cores a step of
+# benchmarks/step.py takes longer with half or twice as many. Below half a chunk `xla` is faster.
 SCORES, KEYS = 2 << 20, 2048
 BLOCK, LANES = 1024, 128  # Largest block of `splash`, and what a block is a multiple of.
 
