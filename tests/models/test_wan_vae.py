@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxvp import flops
 from jaxvp.models import wan_vae as wan_vae_lib
 from jaxvp.models.wan_vae import VERSIONS, WanVAE
 from jaxvp.sharding import MeshConfig, make_mesh
@@ -160,3 +161,13 @@ def test_names_bad_versions_and_latents():
         WanVAE("2.3")
     with pytest.raises(ValueError, match="latents of 16 channels, got 48"):
         WanVAE("2.1").decode({}, np.zeros((1, 2, 2, 2, 48), np.float32))
+
+
+def test_zeros_before_a_clip_are_no_work():
+    def convolve(x):
+        layer = wan_vae_lib._CausalConv(4, 8, jnp.float32, nnx.Rngs(0), space=1)
+        return layer(x, wan_vae_lib.Stream())
+
+    clip = jax.ShapeDtypeStruct((1, 5, 3, 3, 4), jnp.float32)
+    frames_seen = 1 + 2 + 3 + 3 + 3
+    assert flops.traced_flops(convolve, clip) == 2 * frames_seen * 3 * 3 * 4 * 8
