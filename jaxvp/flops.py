@@ -86,7 +86,8 @@ def _count(jaxpr) -> float:
                     strict=True))
                 stride, dilate, spread = (values[key][axis - 2] for key in (
                     "window_strides", "lhs_dilation", "rhs_dilation"))
-                flops *= hlo_analysis.taps(size, count, taps, stride, low, dilate, spread) / count
+                met = hlo_analysis.taps(size, count, taps, stride, low, dilate, spread)
+                flops *= met / max(count, 1)  # A codec that streams has convolutions of no frames.
             total += flops / values["batch_group_count"]
         elif name == "scan":
             total += values["length"] * _count(values["jaxpr"].jaxpr)

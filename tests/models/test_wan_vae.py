@@ -171,3 +171,5 @@ def test_zeros_before_a_clip_are_no_work():
     clip = jax.ShapeDtypeStruct((1, 5, 3, 3, 4), jnp.float32)
     frames_seen = 1 + 2 + 3 + 3 + 3
     assert flops.traced_flops(convolve, clip) == 2 * frames_seen * 3 * 3 * 4 * 8
+    clip = jax.ShapeDtypeStruct((1, 0, 3, 3, 4), jnp.float32)
+    assert flops.traced_flops(convolve, clip) == 0
