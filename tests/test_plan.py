@@ -115,6 +115,18 @@ def test_model_flops(stage):
     assert found["all else"] < sum(found.values()) * (0.1 if stage == "video" else 0.8)
 
 
+def test_plans_of_wan_need_no_data(tmp_path):
+    """Also of the clip whose codec streams."""
+    out = tmp_path / "plan.json"
+    run = subprocess.run([
+        sys.executable, "-m", "jaxvp.plan", "--config=configs/pretrain.py:wan-14b-720p",
+        "--topology=v5p:4x4x4", "--dry_run", f"--json={out}"],
+        cwd=GOLDEN.parents[1], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(out.read_text())
+    assert found["fits"] and found["model_flops"]["codec"] > 0
+
+
 def test_stored_latents_need_no_codec():
     config = make_config()
     found = flops.model_flops(config, mixture.clip_spec(config.data))
