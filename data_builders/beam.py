@@ -21,6 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_builders import writer
 from data_builders.builder import Builder
+from jaxvp.errors import UserError
 
 
 class _WriteShard(apache_beam.DoFn):
@@ -45,5 +46,5 @@ def write_shards(
          | apache_beam.ParDo(_WriteShard(builder, folder.resolve())))
     missing = sum(writer.finished(shard, folder) is None for shard in shards)
     if missing:
-        raise RuntimeError(
+        raise UserError(
             f"{missing} of {len(shards)} shards are not in {folder}: do the workers share it?")

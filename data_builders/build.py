@@ -32,6 +32,7 @@ import rich.progress
 from data_builders import writer
 from data_builders.builder import Builder
 from jaxvp.data import rlds
+from jaxvp.errors import UserError, one_line_errors
 
 # A dry run builds as many items as it can in this time, at most so many.
 SAMPLE_SECONDS, SAMPLE_ITEMS = 20, 16
@@ -47,21 +48,21 @@ def builder_class(name: str) -> type[Builder]:
     """The class `Builder` of `data_builders/NAME/NAME.py`.
 
     Raises:
-      ValueError: there is no such builder; the message suggests the nearest name.
+      UserError: there is no such builder; the message suggests the nearest name.
       ImportError: it needs a package that is not installed; the message says which.
     """
     names = builder_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"No builder {name!r}. {hint}There are: {', '.join(names)}.")
+        raise UserError(f"No builder {name!r}. {hint}There are: {', '.join(names)}.")
     try:
         return importlib.import_module(f"data_builders.{name}.{name}").Builder
     except ModuleNotFoundError as error:
         package = error.name.split(".")[0]
         if package in ("data_builders", "jaxvp"):
             raise
-        raise ImportError(f"{name} needs `pip install {package}`") from error
+        raise UserError(f"{name} needs `pip install {package}`") from error
 
 
 def list_builders():
@@ -69,7 +70,7 @@ def list_builders():
     for name in builder_names():
         try:
             text = (builder_class(name).__doc__ or "").partition("\n")[0]
-        except ImportError as error:
+        except UserError as error:
             text = f"({error})"
         print(f"{name:24} {text}")
 
@@ -219,8 +220,8 @@ def build(
       The folder of the dataset and the report, which is also in `build_report.json` there.
 
     Raises:
-      FileExistsError: the dataset exists, or `out` holds an unfinished build with other options.
-      ValueError: no episode was kept.
+      UserError: the dataset exists, or `out` holds an unfinished build with other options.
+      UserError: no episode was kept.
       RuntimeError: a worker died, or the disk is full; the finished shards stay for the next run.
       ImportError: Beam is not installed.
     """
@@ -231,7 +232,7 @@ def build(
         try:
             from data_builders import beam
         except ModuleNotFoundError as error:
-            raise ImportError(f"--beam needs `launch/install.sh beam`: {error}") from error
+            raise UserError(f"--beam needs `launch/install.sh beam`: {error}") from error
         beam.write_shards(builder, todo, folder, beam_flags)
     else:
         _build_in_processes(builder, shards, todo, folder, num_workers)
@@ -272,7 +273,7 @@ def _build_in_processes(
                 bar.update(task, completed=total - left + sum(counts[::2]),
                            rate=sum(counts[1::2]) / bar.tasks[0].elapsed)
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise UserError(
                 "A worker process died, often for lack of memory. Repeat the command, with a "
                 f"smaller --num_workers, to continue: {folder} keeps the finished shards."
             ) from error
@@ -296,9 +297,5 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("repeat the command to continue with the shards that are missing"):
         main(sys.argv[1:])
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: repeat the command to continue with the shards that are missing")

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders import episode
+from jaxvp.errors import UserError
 
 
 class Skip(Exception):
@@ -47,10 +48,10 @@ class Builder(abc.ABC):
         for field in dataclasses.fields(self):
             choices, found = field.metadata.get("choices"), getattr(self, field.name)
             if choices and found not in choices:
-                raise ValueError(f"--{field.name} must be one of {', '.join(choices)}, "
-                                 f"found {found!r}.")
+                raise UserError(f"--{field.name} must be one of {', '.join(choices)}, "
+                                f"found {found!r}.")
             if isinstance(found, int | float) and not found >= 0:
-                raise ValueError(f"--{field.name} must not be negative, found {found}.")
+                raise UserError(f"--{field.name} must not be negative, found {found}.")
 
     @abc.abstractmethod
     def features(self) -> tfds.features.FeaturesDict:
@@ -61,7 +62,7 @@ class Builder(abc.ABC):
         """All work items in a fixed order: small picklable keys, such as (file, key in it).
 
         Raises:
-          FileNotFoundError: the raw data is not there; the message names the folder and the flag.
+          UserError: the raw data is not there; the message names the folder and the flag.
         """
 
     @abc.abstractmethod
@@ -106,7 +107,7 @@ class RawBuilder(Builder):
         """A file or folder of the download.
 
         Raises:
-          FileNotFoundError: it is not there; the message says what is.
+          UserError: it is not there; the message says what is.
         """
         path = Path(self.raw, *parts).expanduser()
         if not path.exists():
@@ -116,18 +117,18 @@ class RawBuilder(Builder):
             with os.scandir(parent) as entries:  # Lazily: it may hold a million.
                 names = sorted(entry.name for entry in itertools.islice(entries, 5))
             found = ", ".join(names) or "nothing"
-            raise FileNotFoundError(f"--raw={self.raw}: there is no {path}; {parent} has {found}.")
+            raise UserError(f"--raw={self.raw}: there is no {path}; {parent} has {found}.")
         return path
 
     def view_names(self, all_cameras: Sequence[str]) -> tuple[str, ...]:
         """The cameras that `--cameras` keeps of those of the dataset.
 
         Raises:
-          ValueError: the dataset has no such camera.
+          UserError: the dataset has no such camera.
         """
         if unknown := set(self.cameras) - set(all_cameras):
-            raise ValueError(f"--cameras={','.join(sorted(unknown))}: {self.name} has "
-                             f"{', '.join(all_cameras)}.")
+            raise UserError(f"--cameras={','.join(sorted(unknown))}: {self.name} has "
+                            f"{', '.join(all_cameras)}.")
         return self.cameras or tuple(all_cameras)
 
     def admit(self, length: int, fps: float, views: int, success: bool = True):
@@ -135,10 +136,10 @@ class RawBuilder(Builder):
 
         Raises:
           Skip: a filter leaves it out.
-          ValueError: it has no steps.
+          UserError: it has no steps.
         """
         if not length:
-            raise ValueError("the episode has no steps")
+            raise UserError("the episode has no steps")
         if views < self.min_views:
             raise Skip(f"fewer than {self.min_views} views")
         if length / fps < self.min_seconds:
@@ -151,7 +152,7 @@ class RawBuilder(Builder):
 
         Raises:
           Skip: there is none, and `--unlabelled=drop`.
-          ValueError: it is not UTF-8.
+          UserError: it is not UTF-8.
         """
         text = episode.clean_text(text)
         if not text and self.unlabelled == "drop":

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders.images import encode_jpeg, size
+from jaxvp.errors import UserError
 
 # A record is parsed whole on every read, so long episodes are cut.
 MAX_STEPS = 600
@@ -54,13 +55,13 @@ def clean_text(text: str | bytes | None) -> str:
     """One line without doubled spaces, "" for None and for words that stand for nothing.
 
     Raises:
-      ValueError: bytes that are not UTF-8.
+      UserError: bytes that are not UTF-8.
     """
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"an instruction is not UTF-8: {text[:60]!r}") from error
+            raise UserError(f"an instruction is not UTF-8: {text[:60]!r}") from error
     text = " ".join((text or "").split())
     return "" if text.lower() in ("none", "null", "nan") else text
 
@@ -120,12 +121,12 @@ def shortest(**lengths: int) -> tuple[int, tuple[str, ...]]:
     Such as `length, notes = shortest(states=len(state), video=measure(path)[0])`.
 
     Raises:
-      ValueError: less than half of the longest would be left.
+      UserError: less than half of the longest would be left.
     """
     name = min(lengths, key=lengths.get)
     length, longest = lengths[name], max(lengths.values())
     if 2 * length < longest:
-        raise ValueError(f"the lengths do not fit each other: {lengths}")
+        raise UserError(f"the lengths do not fit each other: {lengths}")
     return length, () if length == longest else (f"cut: the {name} ended first",)
 
 
@@ -171,7 +172,7 @@ class Episode:
         """Cuts the episode into RLDS records of about equal length, at most `max_steps` each.
 
         Raises:
-          ValueError: lengths, sizes or types do not fit each other or the features, or a value is
+          UserError: lengths, sizes or types do not fit each other or the features, or a value is
             not finite.
         """
         step_features = features["steps"].feature
@@ -207,17 +208,17 @@ class Episode:
     def _columns(self, step_features) -> dict[str, Sequence]:
         """Everything but images and the ends of records, checked, one entry per step."""
         if not self.images or not 0 < self.fps < float("inf"):
-            raise ValueError(f"{self.episode_id}: it has {len(self.images)} cameras and "
-                             f"{self.fps} steps per second.")
+            raise UserError(f"{self.episode_id}: it has {len(self.images)} cameras and "
+                            f"{self.fps} steps per second.")
         lengths = {name: len(frames) for name, frames in self.images.items()}
         if not isinstance(self.instruction, str):
             lengths["instruction"] = len(self.instruction)
         if unknown := set(self.images) - set(step_features["observation"]):
-            raise ValueError(f"{self.episode_id}: cameras {unknown} are not in the features.")
+            raise UserError(f"{self.episode_id}: cameras {unknown} are not in the features.")
         columns = {"state": self.state, "action": self.action}
         lengths |= {name: len(values) for name, values in columns.items() if values is not None}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"{self.episode_id}: steps must be as many and some, found {lengths}.")
+            raise UserError(f"{self.episode_id}: steps must be as many and some, found {lengths}.")
         length = next(iter(lengths.values()))
         if "action" in step_features and self.action is None:  # Readers mask it by has_action.
             columns["action"] = np.zeros((length, *step_features["action"].shape), np.float32)
@@ -237,15 +238,15 @@ class Episode:
         if values is None and feature is None:
             return None
         if values is None or feature is None:
-            raise ValueError(f"{self.episode_id}: {name} is in only one of episode and features.")
+            raise UserError(f"{self.episode_id}: {name} is in only one of episode and features.")
         values = np.asarray(values, np.float32)
         expected = f"{self.episode_id}: {name} must be finite float32[L, {feature.shape[0]}]"
         if values.shape[1:] != feature.shape:
-            raise ValueError(f"{expected}, found {values.shape}.")
+            raise UserError(f"{expected}, found {values.shape}.")
         if not np.isfinite(values).all():
             step, dimension = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(f"{expected}, found {values[step, dimension]} at step {step}, "
-                             f"dimension {dimension}.")
+            raise UserError(f"{expected}, found {values[step, dimension]} at step {step}, "
+                            f"dimension {dimension}.")
         return values
 
     def _jpegs(self, camera: str, feature, length: int) -> Sequence[bytes]:
@@ -256,13 +257,13 @@ class Episode:
         frames = self.images[camera]
         if not isinstance(frames, np.ndarray):
             if None not in feature.shape and size(frames[0]) != feature.shape[:2]:
-                raise ValueError(f"{self.episode_id}: camera {camera} must be {feature.shape[:2]} "
-                                 f"pixels, found {size(frames[0])}.")
+                raise UserError(f"{self.episode_id}: camera {camera} must be {feature.shape[:2]} "
+                                f"pixels, found {size(frames[0])}.")
             return frames
         shape = (*frames.shape[1:3], 3) if None in feature.shape else feature.shape
         if frames.dtype != np.uint8 or frames.shape[1:] != shape:
             found = f"{frames.dtype}{list(frames.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"{self.episode_id}: camera {camera} must be uint8[L, *{shape}], found {found}."
             )
         return [encode_jpeg(frame) for frame in frames]

@@ -10,18 +10,19 @@ import h5py
 import numpy as np
 
 from data_builders import images
+from jaxvp.errors import UserError
 
 
 def files(raw: Path, *patterns: str) -> list[str]:
     """The files below `raw` that fit one of the patterns, relative to it, sorted.
 
     Raises:
-      FileNotFoundError: there are none; the message says what is there.
+      UserError: there are none; the message says what is there.
     """
     found = {path.relative_to(raw).as_posix() for pattern in patterns for path in raw.glob(pattern)}
     if not found:
         there = ", ".join(sorted(path.name for path in itertools.islice(raw.iterdir(), 5)))
-        raise FileNotFoundError(
+        raise UserError(
             f"--raw={raw} has no {' or '.join(patterns)}, found {there or 'nothing'}.")
     return sorted(found)
 
@@ -44,13 +45,13 @@ def column(group: h5py.Group, key: str) -> np.ndarray:
     """The data set `key`, whole.
 
     Raises:
-      ValueError: it is not there; the message says what is.
+      UserError: it is not there; the message says what is.
     """
     if not isinstance(group.get(key), h5py.Dataset):
         parent = group.get(posixpath.dirname(key), group)
         found = ", ".join(map(str, parent)) if isinstance(parent, h5py.Group) else "a data set"
-        raise ValueError(f"{group.file.filename}: {posixpath.join(group.name, key)} is missing, "
-                         f"found {found or 'nothing'}")
+        raise UserError(f"{group.file.filename}: {posixpath.join(group.name, key)} is missing, "
+                        f"found {found or 'nothing'}")
     return group[key][()]
 
 
@@ -72,7 +73,7 @@ def recoded(frames: h5py.Dataset, steps: Iterable[int], size: int, swapped: bool
       recode: another function for that.
 
     Raises:
-      ValueError: a frame is not a whole image; the message names file, data set and row.
+      UserError: a frame is not a whole image; the message names file, data set and row.
     """
     encoded = []
     for step in steps:
@@ -80,5 +81,5 @@ def recoded(frames: h5py.Dataset, steps: Iterable[int], size: int, swapped: bool
             encoded.append(recode(np.asarray(frames[step]).tobytes(), size, swapped))
         except ValueError as error:
             place = f"{frames.file.filename}: {frames.name}[{step}]"
-            raise ValueError(f"{place}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
     return encoded

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import PIL.Image
 
+from jaxvp.errors import UserError
+
 
 def encode_jpeg(image: np.ndarray) -> bytes:
     """uint8[H, W, 3] RGB to JPEG, quality 95.
@@ -28,7 +30,7 @@ def decode(data: bytes, swapped: bool = False) -> np.ndarray:
       swapped: red and blue are exchanged in it, because RGB was given to OpenCV as BGR.
 
     Raises:
-      ValueError: it is not a whole image.
+      UserError: it is not a whole image.
     """
     data = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
     image = None
@@ -37,7 +39,7 @@ def decode(data: bytes, swapped: bool = False) -> np.ndarray:
         flags = cv2.IMREAD_COLOR_BGR if swapped else cv2.IMREAD_COLOR_RGB
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
-        raise ValueError(f"{len(data)} bytes are not a whole image")
+        raise UserError(f"{len(data)} bytes are not a whole image")
     return image
 
 
@@ -45,13 +47,13 @@ def size(data: bytes) -> tuple[int, int]:
     """(height, width) of an encoded image, from its first bytes.
 
     Raises:
-      ValueError: it is not an image.
+      UserError: it is not an image.
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
     except OSError as error:
-        raise ValueError(f"{len(data)} bytes are not an image") from error
+        raise UserError(f"{len(data)} bytes are not an image") from error
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -74,7 +76,7 @@ def recode(data: bytes, size: int, swapped: bool = False) -> bytes:
     is not encoded anew.
 
     Raises:
-      ValueError: it is not a whole image.
+      UserError: it is not a whole image.
     """
     image = decode(data, swapped)
     if image.shape[:2] == (size, size) and data[:2] == b"\xff\xd8" and not swapped:

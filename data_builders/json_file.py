@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+from jaxvp.errors import UserError
+
 
 def read(path: Path):
     """What a JSON file holds.
 
     Raises:
       OSError: it is not there.
-      ValueError: it is not JSON; the message names it.
+      UserError: it is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from data_builders.images import encode_jpeg
+from jaxvp.errors import UserError
 
 # Seconds. A container's clock may be as coarse as 1/1000 s, so times are off by half of that.
 TOLERANCE = 6e-4
@@ -22,7 +23,7 @@ TOLERANCE = 6e-4
 SCALING = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A video that cannot be read, or ends early."""
 
 
@@ -30,7 +31,7 @@ def measure(path: str | os.PathLike) -> tuple[int, float]:
     """(frames, frames per second) of a video, counted in its packets, without decoding.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      UserError: there is no such file.
       VideoError: it is not a video, or is cut.
     """
     with _opened(path) as (container, stream):
@@ -54,9 +55,9 @@ def jpegs(path: str | os.PathLike, frames: Sequence[int], size: int) -> list[byt
       size: height and width in pixels.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      UserError: there is no such file.
       VideoError: it is not a video, is damaged, or has fewer frames.
-      ValueError: the numbers do not ascend from 0.
+      UserError: the numbers do not ascend from 0.
     """
     return _encode(_numbered(path, frames), size)
 
@@ -70,9 +71,9 @@ def jpegs_at(path: str | os.PathLike, times: Sequence[float], size: int) -> list
       size: height and width in pixels.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      UserError: there is no such file.
       VideoError: it is not a video, is damaged, or ends before the last time.
-      ValueError: the times do not ascend from 0.
+      UserError: the times do not ascend from 0.
     """
     return _encode(_shown(path, times), size)
 
@@ -115,7 +116,7 @@ def _shown(path, times: Sequence[float]) -> Iterator[av.VideoFrame]:
 
 def _check(path, wanted: Sequence[float]):
     if not (np.diff(wanted, prepend=0) >= -TOLERANCE).all():
-        raise ValueError(f"{path}: frame numbers and times must ascend from 0.")
+        raise UserError(f"{path}: frame numbers and times must ascend from 0.")
 
 
 def _frames(path, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -154,7 +155,7 @@ def _opened(path):
                 raise VideoError(f"{path} has no video stream that can be decoded.")
             yield container, stream
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist.") from error
+        raise UserError(f"{path} does not exist.") from error
     except av.error.FFmpegError as error:
         raise VideoError(
             f"{path} is not a video that FFmpeg reads, or is damaged: {error}") from error

@@ -24,13 +24,14 @@ from tensorflow_datasets.core import example_serializer, naming
 from data_builders.builder import Builder, Skip
 from data_builders.episode import Episode
 from jaxvp.data import array_record
+from jaxvp.errors import UserError
 
 # Of the machine or the code, not of an item. All else is the item's: a download holds what nobody
 # thought of, and a build of days goes on.
 FATAL = (MemoryError, ImportError, NameError, NotImplementedError)
 
 
-class WriteError(RuntimeError):
+class WriteError(UserError):
     """The folder of a build cannot be written: its disk is full, or it is gone."""
 
 
@@ -205,19 +206,19 @@ def open_folder(builder: Builder, items: Sequence, out: Path) -> Path:
     """Makes `<out>/<version>.incomplete`, or takes the one that the same build has left.
 
     Raises:
-      FileExistsError: the dataset is there already, or the incomplete folder belongs to another
+      UserError: the dataset is there already, or the incomplete folder belongs to another
         build.
       WriteError: the folder cannot be written.
     """
     final = out / builder.version
     if final.exists():
-        raise FileExistsError(f"{final} exists already: choose another --out or delete it.")
+        raise UserError(f"{final} exists already: choose another --out or delete it.")
     folder = out / f"{builder.version}.incomplete"
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     text = json.dumps(_identity(builder) | {"items": digest}, sort_keys=True)
     path = folder / "shards" / "plan.json"
     if path.exists() and path.read_text() != text:
-        raise FileExistsError(
+        raise UserError(
             f"{folder} is left from a build with other options or items, see {path}: "
             "repeat that build to finish it, or delete the folder."
         )
@@ -245,7 +246,7 @@ def finish(
       The final folder and the sum of the shards' reports.
 
     Raises:
-      ValueError: no episode was kept.
+      UserError: no episode was kept.
       WriteError: the folder cannot be written.
     """
     total, reports = Report(), {shard: finished(shard, folder) for shard in shards}
@@ -256,7 +257,7 @@ def finish(
     if not total.records:
         reasons = [f"{count} skipped: {reason}" for reason, count in total.skipped.items()]
         reasons += [f"{entry['item']}: {entry['error']}" for entry in total.unreadable[:3]]
-        raise ValueError(
+        raise UserError(
             f"No episode of {total.items} was kept, so nothing is written. {'; '.join(reasons)}"
         )
     with _writing(folder):

@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 import jaxvp
 from jaxvp import config as config_lib
 from jaxvp import distributed
+from jaxvp.errors import UserError
 from jaxvp.rules import named_leaves
 
 JSON_ITEMS = ("progress", "data", "assets")
@@ -36,7 +37,7 @@ absl.logging.get_absl_logger().addFilter(
     lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit; the message names it and the remedy."""
 
 

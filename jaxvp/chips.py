@@ -15,6 +15,8 @@ import re
 
 import numpy as np
 
+from jaxvp.errors import UserError
+
 HOP_SECONDS = 1e-6
 GIB = 2**30
 
@@ -90,15 +92,15 @@ class Machine:
         """Devices that can be compiled for and do not exist; needs libtpu, and no TPU.
 
         Raises:
-          ValueError: the chip is not a TPU, or libtpu is not installed.
+          UserError: the chip is not a TPU, or libtpu is not installed.
         """
         if not self.chip.axes:
-            raise ValueError(f"{self}: there is no compiler for absent GPUs, only for absent TPUs.")
+            raise UserError(f"{self}: there is no compiler for absent GPUs, only for absent TPUs.")
         try:
             import libtpu  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"Compiling for {self} needs the TPU compiler: "
-                             "pip install 'jaxvp[tpu]' (no TPU is needed).") from error
+            raise UserError(f"Compiling for {self} needs the TPU compiler: "
+                            "pip install 'jaxvp[tpu]' (no TPU is needed).") from error
         # It asks no metadata server what it runs on, and does not lock what is not there.
         os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
                           ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -153,20 +155,20 @@ def parse(topology: str, slices: int = 1) -> Machine:
     """The machine that `v5p:8x16x16` (chips along the torus axes) or `h200:8` names.
 
     Raises:
-      ValueError: there is no such chip or slice; names the nearest that there are.
+      UserError: there is no such chip or slice; names the nearest that there are.
     """
     name, _, size = topology.partition(":")
     if name not in CHIPS:
-        raise ValueError(f"--topology={topology}: there is no chip {name!r}; there are "
-                         f"{', '.join(CHIPS)}, as in v5p:4x4x4, v6e:16x16, h200:8.")
+        raise UserError(f"--topology={topology}: there is no chip {name!r}; there are "
+                        f"{', '.join(CHIPS)}, as in v5p:4x4x4, v6e:16x16, h200:8.")
     chip = CHIPS[name]
     if not re.fullmatch(r"\d+(x\d+)*", size) or 0 in (
             shape := tuple(int(side) for side in size.split("x"))):
-        raise ValueError(f"--topology={topology}: expected {name}:"
-                         f"{'x'.join('ABC'[:chip.axes]) or 'NUMBER'}, chips along "
-                         f"{'each axis of the torus' if chip.axes else 'no axes, just a number'}.")
+        raise UserError(f"--topology={topology}: expected {name}:"
+                        f"{'x'.join('ABC'[:chip.axes]) or 'NUMBER'}, chips along "
+                        f"{'each axis of the torus' if chip.axes else 'no axes, just a number'}.")
     if slices < 1 or (slices > 1 and not chip.axes):
-        raise ValueError(f"--slices={slices} of {topology}: expected 1, or more of TPU slices.")
+        raise UserError(f"--slices={slices} of {topology}: expected 1, or more of TPU slices.")
     valid = shapes(chip)
     if shape not in valid:
         chips = math.prod(shape)
@@ -176,8 +178,8 @@ def parse(topology: str, slices: int = 1) -> Machine:
             return (abs(math.log(math.prod(other) / chips)),
                     sum(abs(math.log(a / b)) for a, b in sides))
         near = sorted(valid, key=distance)[:3]
-        raise ValueError(f"--topology={topology}: {name} has no slice of this shape. Nearest: "
-                         + ", ".join(f"{name}:{'x'.join(map(str, s))}" for s in near) + ".")
+        raise UserError(f"--topology={topology}: {name} has no slice of this shape. Nearest: "
+                        + ", ".join(f"{name}:{'x'.join(map(str, s))}" for s in near) + ".")
     return Machine(chip, shape, slices)
 
 

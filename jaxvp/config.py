@@ -5,24 +5,22 @@ stands in a config file.
 """
 
 import collections.abc
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import inspect
 import json
 import math
-import pathlib
-import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from etils import epath
 
+from jaxvp.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config that cannot work: the message names the key, what was expected, what was found."""
 
 
@@ -78,40 +76,6 @@ def complete(cls: type, mapping: Mapping) -> dict:
             nested = value if _is_mapping(value) else dataclasses.asdict(value)
             result[field.name] = complete(hints[field.name], nested)
     return result
-
-
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """For `app.run`: absl's parser, whose errors about flags and a --config become one line."""
-    from absl import flags
-    try:
-        rest = flags.FLAGS(arguments)
-        _ = flags.FLAGS.config.keys  # A file that cannot be loaded is told upon its first use.
-        return rest
-    except (AttributeError, KeyError) as error:
-        what = " ".join(str(error.args[0]).replace("\\n", " ").replace("\n", " ").split())
-        sys.exit(f"error: a --config flag names a key that the config does not have: {what}")
-    except (flags.Error, ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def flag_name() -> str:
-    """What --config names, without folders: FILE.py or FILE.py:VARIANT."""
-    from absl import flags
-    from ml_collections import config_flags
-    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name
-
-
-@contextlib.contextmanager
-def one_line_errors(folder: str = str(pathlib.Path(__file__).parent)):
-    """Ends the program with one line for an error that jaxvp itself raises about what it was
-    given; what comes out of a library, or is a bug, keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not where.startswith(folder) and not isinstance(error, ConfigError):
-            raise
-        sys.exit(f"error: {error}")
 
 
 def to_json(config: Mapping) -> str:

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import rich
 
+from jaxvp.errors import UserError
+
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _stopped = False
@@ -29,7 +31,7 @@ def initialize(address: str | None = None, num_processes: int | None = None,
       timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: some of the three are given, but not all.
+      UserError: some of the three are given, but not all.
       TimeoutError: a process did not come; the message names it.
     """
     given = [given if given is not None else os.environ.get(name) for name, given in
@@ -37,8 +39,8 @@ def initialize(address: str | None = None, num_processes: int | None = None,
     if any(value is not None for value in given):
         missing = [name for name, value in zip(VARIABLES, given, strict=True) if value is None]
         if missing:
-            raise ValueError(f"{', '.join(missing)} is missing: several processes need all of "
-                             f"{', '.join(VARIABLES)}, a single one none.")
+            raise UserError(f"{', '.join(missing)} is missing: several processes need all of "
+                            f"{', '.join(VARIABLES)}, a single one none.")
         address, num_processes, process_id, local = given[0], int(given[1]), int(given[2]), None
     else:
         address, num_processes, process_id, local = _detect(timeout)
@@ -106,8 +108,8 @@ def _roll_call(address: str, count: int, process_id: int, timeout: float):
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 <= process_id < count:
-        raise ValueError(f"Process {process_id} of {count} at {address!r}: expected an id from 0 "
-                         "to the number of processes - 1, and host:port.")
+        raise UserError(f"Process {process_id} of {count} at {address!r}: expected an id from 0 "
+                        "to the number of processes - 1, and host:port.")
     deadline = time.monotonic() + timeout
     if process_id == 0:
         print(f"Waiting for {count} processes at {address}.", flush=True)
@@ -115,7 +117,7 @@ def _roll_call(address: str, count: int, process_id: int, timeout: float):
     else:
         answer = _report(host, int(port), process_id, count, deadline)
     if answer != "go":
-        raise TimeoutError(f"Process {process_id} of {count} waited {timeout:g} s at {address}: "
+        raise UserError(f"Process {process_id} of {count} waited {timeout:g} s at {address}: "
                            f"{answer}. All processes need the same address and number.")
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +20,14 @@ import rich.console
 import rich.markup
 import rich.progress
 import rich.table
-from absl import app, flags, logging
+from absl import flags
 
+from jaxvp import command
 from jaxvp.config import check_keys
 from jaxvp.data import observation
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 from jaxvp.evaluation import baselines, report, tabletop
 from jaxvp.evaluation.protocol import Protocol, Suite
 from jaxvp.evaluation.rollout import Policy, rollouts
@@ -72,7 +73,6 @@ def define_flags():
     text("libero_assets", None, "folder of LIBERO's meshes, textures and scenes")
     text("libero_demos", None, "for --policy=replay: folder of <suite>/<task>_demo.hdf5")
     flags.DEFINE_bool("dry_run", False, "print protocol and tasks, run nothing")
-    flags.FLAGS.verbosity = logging.WARNING  # Orbax reports every file that it reads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +94,23 @@ def make_plan(settings: Settings) -> Plan:
     """What the settings ask for. Makes the folder `out`; loads no weights, touches no device.
 
     Raises:
-      ValueError, OSError, RuntimeError: a flag, the bundle or the simulator cannot be used.
+      UserError, OSError, RuntimeError: a flag, the bundle or the simulator cannot be used.
     """
     for name, value, least in (("trials", settings.trials, 1), ("num_envs", settings.num_envs, 1),
                                ("videos", settings.videos, 0)):
         if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, found {value}.")
+            raise UserError(f"--{name} must be at least {least}, found {value}.")
     choose("--policy", settings.policy, POLICIES)
     choose("--suite", settings.suite, SUITES)
     if settings.policy == "bundle" and not settings.bundle:
-        raise ValueError("--bundle=DIR is missing: the policy to evaluate; or --policy=expert.")
+        raise UserError("--bundle=DIR is missing: the policy to evaluate; or --policy=expert.")
     if settings.policy != "bundle" and settings.bundle:
-        raise ValueError(f"--policy={settings.policy} does not use --bundle={settings.bundle}.")
+        raise UserError(f"--policy={settings.policy} does not use --bundle={settings.bundle}.")
     if not settings.dry_run:
         if not settings.out:
-            raise ValueError("--out=DIR is missing: the folder for results, report and videos.")
+            raise UserError("--out=DIR is missing: the folder for results, report and videos.")
         if (Path(settings.out) / "results.json").exists():
-            raise FileExistsError(f"--out={settings.out} holds another result: choose a new one.")
+            raise UserError(f"--out={settings.out} holds another result: choose a new one.")
     manifest = policy_bundle.read_manifest(settings.bundle) if settings.bundle else None
     suite = make_suite(settings, manifest.protocol if manifest else {})
     protocol = dataclasses.replace(
@@ -119,7 +119,7 @@ def make_plan(settings: Settings) -> Plan:
         trials=settings.trials or suite.protocol.trials,
     )
     if protocol.max_trials is not None and protocol.trials > protocol.max_trials:
-        raise ValueError(
+        raise UserError(
             f"--trials={protocol.trials}: {protocol.suite} has {protocol.max_trials} trials.")
     if manifest:
         check_fit(manifest, suite, protocol)
@@ -133,12 +133,12 @@ def choose(flag: str, name: str, known: Collection[str]) -> str:
     """`name`, which must be among `known`.
 
     Raises:
-      ValueError: it is not; the message suggests the nearest.
+      UserError: it is not; the message suggests the nearest.
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{flag}: there is no {name!r}; {hint}There are: {', '.join(known)}.")
+        raise UserError(f"{flag}: there is no {name!r}; {hint}There are: {', '.join(known)}.")
     return name
 
 
@@ -146,13 +146,13 @@ def choose_tasks(wanted: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]
     """The tasks with these names or numbers, in the suite's order; all if `wanted` is empty.
 
     Raises:
-      ValueError: there is no such task.
+      UserError: there is no such task.
     """
     chosen = set()
     for name in wanted:
         if name.isdecimal() and int(name) >= len(tasks):
-            raise ValueError(f"--tasks: there is no task {name}, the numbers are 0 to "
-                             f"{len(tasks) - 1}: {', '.join(tasks)}.")
+            raise UserError(f"--tasks: there is no task {name}, the numbers are 0 to "
+                            f"{len(tasks) - 1}: {', '.join(tasks)}.")
         chosen.add(tasks[int(name)] if name.isdecimal() else choose("--tasks", name, tasks))
     return tuple(task for task in tasks if not chosen or task in chosen)
 
@@ -161,15 +161,14 @@ def make_suite(settings: Settings, options: Mapping) -> Suite:
     """The suite, with the options that a bundle's training data asks for.
 
     Raises:
-      ValueError: the suite has no such option.
-      RuntimeError, FileNotFoundError: its simulator is not installed.
+      UserError: the suite has no such option, or its simulator is not installed.
     """
     make = functools.partial(tabletop.TabletopSuite, settings.suite)
     if settings.suite in libero.SUITES:
         try:
             from jaxvp.evaluation.libero import LiberoSuite  # Its packages are an extra.
         except ImportError as error:
-            raise RuntimeError(f"LIBERO needs {error.name}. Run: {libero.INSTALL}") from error
+            raise UserError(f"LIBERO needs {error.name}. Run: {libero.INSTALL}") from error
         make = functools.partial(
             LiberoSuite, settings.suite, settings.libero_assets, settings.libero_demos)
     check_keys(options, inspect.signature(make).parameters, "policy.json: protocol")
@@ -180,7 +179,7 @@ def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol
     """Makes sure that the bundle's policy means by its inputs and outputs what the suite does.
 
     Raises:
-      ValueError: it does not, or an instruction is too long for it.
+      UserError: it does not, or an instruction is too long for it.
     """
     absent = [c for c in manifest.cameras if c is not None and c not in protocol.cameras]
     for what, ours, theirs in (
@@ -191,7 +190,7 @@ def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol
         ("cameras that are absent", tuple(absent), ()),
     ):
         if ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"The bundle does not fit --suite={protocol.suite}: {what}: the bundle has {ours}, "
                 f"the suite {theirs}. Choose the suite of the data that it was trained on."
             )
@@ -206,7 +205,7 @@ def _policy_maker(settings: Settings, suite: Suite, protocol: Protocol) -> Calla
         return lambda: baselines.RandomPolicy(protocol, settings.seed)
     if settings.policy == "expert":
         if settings.suite not in tabletop.SUITES:
-            raise ValueError(f"{settings.suite} has no scripted expert: use --policy=replay.")
+            raise UserError(f"{settings.suite} has no scripted expert: use --policy=replay.")
         return baselines.ExpertPolicy
     if settings.policy == "replay":
         found = {task: suite.demonstrations(task, protocol.trials) for task in protocol.tasks}
@@ -291,38 +290,21 @@ def print_results(found: dict, out: Path, console: rich.console.Console):
     console.print(f"{out / 'report.html'}\n{out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
-def main(argv: list[str]):
+def start(values):
+    """Evaluates what the flags say."""
     console = rich.console.Console()
     names = (field.name for field in dataclasses.fields(Settings))
-    settings = Settings(**{name: flags.FLAGS[name].value for name in names})
-    try:
-        if argv[1:]:
-            raise ValueError(f"{argv[1]!r} is not a flag: flags are --name=value.")
-        plan = make_plan(settings)
-        if settings.dry_run:
-            return print_plan(plan, console)
-        policy = plan.make_policy()
-    except (ValueError, OSError, RuntimeError) as error:
-        _refuse(error)
-    print_results(evaluate(plan, policy, console), Path(settings.out), console)
-
-
-def _refuse(error: Exception):
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _refuse(error)
+    settings = Settings(**{name: values[name].value for name in names})
+    plan = make_plan(settings)
+    if settings.dry_run:
+        return print_plan(plan, console)
+    print_results(evaluate(plan, plan.make_policy(), console), Path(settings.out), console)
 
 
 def run():
     """The command `jaxvp-evaluate`."""
     define_flags()
-    app.run(main, flags_parser=_parse)
+    command.run(start)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@
 """
 
 import dataclasses
-import sys
 
 import jax
 import jax.export
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 
-from jaxvp import checkpoint
+from jaxvp import checkpoint, command
 from jaxvp import config as config_lib
 from jaxvp.data.clips import ClipSpec
+from jaxvp.errors import UserError
 from jaxvp.models import attention
 from jaxvp.policy import bundle
 from jaxvp.step import TrainConfig, make_method
@@ -26,7 +26,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     """Writes the bundle of the averaged parameters in `workdir` to `out`.
 
     Raises:
-      CheckpointError, FileExistsError, ValueError: no checkpoint, no empty folder, no such robot.
+      CheckpointError, UserError: no checkpoint, no empty folder, no such robot.
     """
     assets = checkpoint.restore_json(workdir, "assets")
     step = checkpoint.restore_json(workdir, "progress")["step"]
@@ -37,7 +37,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     if robot is None and len(robots) == 1:
         robot = robots[0]
     if robot not in robots:
-        raise ValueError(
+        raise UserError(
             f"--robot={robot}: {workdir} was trained on the actions of {robots}; name one.")
     normalizer, embodiment = assets["normalizers"][robot], assets["embodiments"][robot]
     method = make_method(config, spec)
@@ -85,15 +85,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     print(f"{out}: {manifest['method']} after step {step} of stage {config.stage}, for {robot}.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        settings = flags.FLAGS
-        export(settings.workdir, settings.out, settings.batch_size, settings.robot)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def start(settings):
+    """Exports what the flags say."""
+    export(settings.workdir, settings.out, settings.batch_size, settings.robot)
 
 
 def run():
@@ -103,7 +97,7 @@ def run():
     flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
     flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
     flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
+    command.run(start)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def analyze(text: str, partitions: int = 1) -> Analysis:
       partitions: devices that it runs on; replica groups without members mean all of them.
 
     Raises:
-      ValueError: the text has no entry computation.
+      UserError: the text has no entry computation.
     """
     module = parse(text)
     analysis = Analysis()

@@ -3,29 +3,19 @@
 import pathlib
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
+from jaxvp import command, distributed
 from jaxvp import config as config_lib
-from jaxvp import distributed
 from jaxvp.step import TrainConfig
 from jaxvp.train import check, train
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)  # JAX tells which backends it did not find.
-    with config_lib.one_line_errors():
-        start()
-
-
-def start():
+def start(settings):
     """Trains what the flags say."""
     distributed.initialize()
-    settings = flags.FLAGS
     config = settings.config
-    name = config_lib.flag_name().replace(".py:", "_").removesuffix(".py")
+    name = command.config_name().replace(".py:", "_").removesuffix(".py")
     workdir = settings.workdir or pathlib.Path("runs") / name
     check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
     if config.get("embedded") and jax.process_index() == 0:
@@ -47,16 +37,13 @@ def build_embedded(config):
 
 def run():
     """Entry point `jaxvp-train`."""
-    config_flags.DEFINE_config_file(
-        "config", None, "A file of configs/; FILE:ARGUMENT chooses one of its variants, "
-        "--config.key=value changes a key.")
+    command.define_config()
     flags.DEFINE_string(
         "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py, "
         "runs/NAME_VARIANT for configs/NAME.py:VARIANT. A run that "
         "is there already is continued.")
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command.run(start)
 
 
 if __name__ == "__main__":

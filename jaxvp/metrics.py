@@ -17,8 +17,10 @@ from PIL import Image
 from rich import progress
 from tensorboardX.proto.summary_pb2 import Summary
 
+from jaxvp.errors import UserError
 
-class NonFiniteError(FloatingPointError):
+
+class NonFiniteError(UserError):
     """A metric is NaN or infinite; the message names it and the step."""
 
 

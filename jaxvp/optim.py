@@ -11,6 +11,7 @@ import optax
 import rich.table
 
 from jaxvp import rules
+from jaxvp.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,24 +46,24 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.warmup_steps < 0:
-            raise ValueError("config.optimizer.learning_rate must be positive and warmup_steps not "
-                             f"negative, found {self.learning_rate} and {self.warmup_steps}.")
+            raise UserError("config.optimizer.learning_rate must be positive and warmup_steps not "
+                            f"negative, found {self.learning_rate} and {self.warmup_steps}.")
         for regex, value in self.rules:
             if value is not None and value <= 0:
-                raise ValueError(f"config.optimizer.rules: {regex!r} has multiplier {value}: "
-                                 "expected a positive number, or None to freeze.")
+                raise UserError(f"config.optimizer.rules: {regex!r} has multiplier {value}: "
+                                "expected a positive number, or None to freeze.")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable:
     """Step (from 0) to learning rate: (step + 1) / (warmup_steps + 1) of the peak, then `schedule`.
 
     Raises:
-      ValueError: the warm-up is not shorter than the training.
+      UserError: the warm-up is not shorter than the training.
     """
     warmup = config.warmup_steps
     if warmup >= total_steps:
-        raise ValueError(f"config.optimizer.warmup_steps is {warmup}, but training has "
-                         f"{total_steps} steps: it must be smaller.")
+        raise UserError(f"config.optimizer.warmup_steps is {warmup}, but training has "
+                        f"{total_steps} steps: it must be smaller.")
 
     def schedule(step):
         rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
@@ -90,8 +91,8 @@ def resolve(config: OptimizerConfig, params, frozen: Sequence[str] = ()):
     decay = config.decay if config.weight_decay else ()
     decays = rules.match(params, decay, 0.0, "config.optimizer.decay")
     if all(multiplier is None for multiplier in multipliers.values()):
-        raise ValueError("config.optimizer.rules and the stage freeze every parameter: nothing is "
-                         "trained.")
+        raise UserError("config.optimizer.rules and the stage freeze every parameter: nothing is "
+                        "trained.")
     leaves = [Rule(multiplier, config.weight_decay * decays[name] * (multiplier is not None))
               for name, multiplier in multipliers.items()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -117,7 +118,7 @@ def make_optimizer(
       frozen: regexes of parameters that the stage freezes; they come before `config.rules`.
 
     Raises:
-      ValueError: a rule matches nothing, everything is frozen, or the schedule is impossible.
+      UserError: a rule matches nothing, everything is frozen, or the schedule is impossible.
     """
     schedule = make_schedule(config, total_steps)
     resolved = resolve(config, params, frozen)

@@ -31,15 +31,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import rich.console
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import config_flags
 
-from jaxvp import chips, hlo_analysis, rules, sharding, step
+from jaxvp import chips, command, hlo_analysis, rules, sharding, step
 from jaxvp import config as config_lib
 from jaxvp.chips import Machine
 from jaxvp.data import mixture
+from jaxvp.errors import UserError
 from jaxvp.flops import model_flops
 from jaxvp.plan_report import gib, report, report_sweep
 
@@ -116,14 +116,14 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
       model: the `model_flops` of another plan of the same config.
 
     Raises:
-      ConfigError, ValueError: config and machine do not fit each other, or the TPU compiler is
+      ConfigError, UserError: config and machine do not fit each other, or the TPU compiler is
         missing.
     """
     spec = mixture.clip_spec(config.data)
     for size in ("action_size", "state_size"):
         if not getattr(spec, size):
-            raise ValueError(f"config.data.{size} is 0, the largest of the data; a plan reads no "
-                             f"data: set it in the config.")
+            raise UserError(f"config.data.{size} is 0, the largest of the data; a plan reads no "
+                            f"data: set it in the config.")
     dry_run = dry_run or not machine.chip.axes
     mesh = _abstract_mesh(config.mesh, machine) if dry_run else \
         sharding.make_mesh(config.mesh, machine.devices())
@@ -262,7 +262,7 @@ def _needed(message: str, state: float) -> float:
         return max(0.0, float(found.group(1)) * units[found.group(2)] - state)
     found = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message)
     if not found:
-        raise RuntimeError(f"The step does not compile: {message}")
+        raise UserError(f"The step does not compile: {message}")
     return float(found.group(1)) * units[found.group(2)]
 
 
@@ -354,14 +354,6 @@ def to_json(plan: Plan) -> dict:
 
 # The command.
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    with config_lib.one_line_errors():
-        start()
-
-
 def start():
     """Plans what the flags say."""
     settings = flags.FLAGS
@@ -370,7 +362,7 @@ def start():
     if not machine.chip.axes and not settings.dry_run:
         console.print(f"{machine}: absent GPUs cannot be compiled for; this is --dry_run.")
     config = config_lib.build(step.TrainConfig, settings.config, "config")
-    name = config_lib.flag_name()
+    name = command.config_name()
     plan = make_plan(config, machine, name, settings.dry_run)
     report(plan, console)
     result = to_json(plan)
@@ -397,17 +389,15 @@ def _plain(value):
 def run():
     """Entry point `jaxvp-plan`."""
     jax.config.update("jax_platforms", "cpu")  # Whatever is here: it is not what is planned for.
-    config_flags.DEFINE_config_file(
-        "config", None, "a file of configs/; FILE:ARGUMENT chooses one of its variants, "
-        "--config.key=value changes a key")
+    command.define_config("What is planned")
     flags.DEFINE_string("topology", None, "v5p:8x16x16, v6e:16x16, v5e:16x16 (chips along the axes "
                         "of the torus), h100:64, h200:8")
     flags.DEFINE_integer("slices", 1, "TPU slices of that topology, connected by DCN")
     flags.DEFINE_bool("dry_run", False, "compile nothing: only memory and model FLOPs")
     flags.DEFINE_bool("sweep", False, "plan smaller slices of the chip too")
     flags.DEFINE_string("json", None, "file to write the plan to")
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=config_lib.parse_flags)
+    flags.mark_flag_as_required("topology")
+    command.run(start)
 
 
 if __name__ == "__main__":

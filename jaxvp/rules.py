@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxvp.errors import UserError
+
 
 def named_leaves(tree) -> dict[str, Any]:
     """{"/"-joined path: leaf}, in the order of `jax.tree.leaves`."""
@@ -24,7 +26,7 @@ def match(tree, rules: Sequence[tuple[str, Any]], default, what: str) -> dict[st
       what: the rules' dotted key, for messages.
 
     Raises:
-      ValueError: a regex is invalid, or matches no leaf at all.
+      UserError: a regex is invalid, or matches no leaf at all.
     """
     names = list(named_leaves(tree))
     patterns = []
@@ -32,10 +34,10 @@ def match(tree, rules: Sequence[tuple[str, Any]], default, what: str) -> dict[st
         try:
             patterns.append(re.compile(regex))
         except re.error as error:
-            raise ValueError(f"{what}: {regex!r} is not a regular expression: {error}.") from error
+            raise UserError(f"{what}: {regex!r} is not a regular expression: {error}.") from error
         if not any(patterns[-1].fullmatch(name) for name in names):
             near = difflib.get_close_matches(regex, names, 3, 0) or names[:3]
-            raise ValueError(f"{what}: {regex!r} matches no parameter. Names look like "
-                             f"{', '.join(near)} (the whole name must match).")
+            raise UserError(f"{what}: {regex!r} matches no parameter. Names look like "
+                            f"{', '.join(near)} (the whole name must match).")
     return {name: next((value for pattern, (_, value) in zip(patterns, rules, strict=True)
                         if pattern.fullmatch(name)), default) for name in names}

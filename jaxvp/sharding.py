@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp import rules
+from jaxvp.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
@@ -35,8 +36,8 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
         if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
-            raise ValueError(f"config.mesh is {_show(sizes)}: expected positive sizes, at most one "
-                             "of them -1.")
+            raise UserError(f"config.mesh is {_show(sizes)}: expected positive sizes, at most one "
+                            "of them -1.")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -45,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Devices of several TPU slices, whose network is the slow one, are told apart by `data` alone.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of
+      UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of
         the slices; names the nearest that do.
     """
     devices = jax.devices() if devices is None else devices
@@ -60,8 +61,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         fitting = (s for s in _factorizations(len(devices), len(AXES)) if s[0] % slices == 0)
         several = f" in {slices} slices, of which data is a multiple" if slices > 1 else ""
         nearest = _show(min(fitting, key=distance))
-        raise ValueError(f"config.mesh is {_show(sizes)}, which does not fit {len(devices)} "
-                         f"devices{several}. Nearest that does: {nearest}.")
+        raise UserError(f"config.mesh is {_show(sizes)}, which does not fit {len(devices)} "
+                        f"devices{several}. Nearest that does: {nearest}.")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -88,7 +89,7 @@ def state_shardings(mesh: jax.sharding.Mesh, state: dict,
       A tree like `state` of NamedShardings.
 
     Raises:
-      ValueError: a rule matches nothing, names an unknown axis, or does not divide a dimension.
+      UserError: a rule matches nothing, names an unknown axis, or does not divide a dimension.
     """
     params = rules.named_leaves(state["params"])
     matched = rules.match(state["params"], specs, (), "sharding rules")
@@ -147,7 +148,7 @@ def global_batch(mesh: jax.sharding.Mesh, host_batch):
     """One global batch from the arrays [B / processes, ...] that every process holds.
 
     Raises:
-      ValueError: the batch or the processes do not divide evenly among the mesh's batch axes.
+      UserError: the batch or the processes do not divide evenly among the mesh's batch axes.
     """
     shards, processes = math.prod(mesh.shape[axis] for axis in BATCH), jax.process_count()
     sizes = {len(leaf) for leaf in jax.tree.leaves(host_batch)}
@@ -155,25 +156,25 @@ def global_batch(mesh: jax.sharding.Mesh, host_batch):
         raise ValueError(f"Arrays of one batch have different lengths: {sorted(sizes)}.")
     batch = sizes.pop() * processes
     if batch % shards or shards % processes:
-        raise ValueError(f"A batch of {batch} from {processes} processes does not divide evenly "
-                         f"among data x fsdp = {shards} shards: choose multiples.")
+        raise UserError(f"A batch of {batch} from {processes} processes does not divide evenly "
+                        f"among data x fsdp = {shards} shards: choose multiples.")
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch)
 
 
 def _check(mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
     if len(spec) > len(shape):
-        raise ValueError(f"sharding rules: {name} of shape {shape} has fewer dimensions than "
-                         f"{spec}.")
+        raise UserError(f"sharding rules: {name} of shape {shape} has fewer dimensions than "
+                        f"{spec}.")
     for dimension, (size, axes) in enumerate(zip(shape, spec, strict=False)):
         axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
         for axis in axes:
             if axis not in mesh.shape:
-                raise ValueError(f"sharding rules: {name} names axis {axis!r}; there are {AXES}.")
+                raise UserError(f"sharding rules: {name} names axis {axis!r}; there are {AXES}.")
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
-            raise ValueError(f"sharding rules: dimension {dimension} of {name} {shape} is not a "
-                             f"multiple of {' x '.join(axes)} = {parts}.")
+            raise UserError(f"sharding rules: dimension {dimension} of {name} {shape} is not a "
+                            f"multiple of {' x '.join(axes)} = {parts}.")
     return spec
 
 

@@ -15,6 +15,7 @@ from jaxvp import chips, distributed, optim, sharding
 from jaxvp import config as config_lib
 from jaxvp.data import augment, mixture
 from jaxvp.data.clips import ClipSpec
+from jaxvp.errors import UserError
 from jaxvp.methods import base
 
 
@@ -107,7 +108,7 @@ class Step:
         are read from files, before anything else is made.
 
         Raises:
-          ConfigError, ValueError, OSError: the method has no such part, or the files do not fit it.
+          ConfigError, UserError, OSError: the method has no such part, or the files do not fit it.
         """
         loaded, parts = {}, self.abstract["params"]
         for part, path in pretrained.items():
@@ -149,7 +150,7 @@ def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh) -> Step:
     """The step of `config` for clips of `spec`; compiles nothing.
 
     Raises:
-      ConfigError, ValueError: something of the config does not fit something else.
+      ConfigError, UserError: something of the config does not fit something else.
     """
     check_batch(config, mesh)
     method = make_method(config, spec)
@@ -241,12 +242,12 @@ def gradients(loss: Callable, params, clip: Mapping, keys: jax.Array, microbatch
 
 
 def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh):
-    """Raises ValueError when the batch does not divide among devices and microbatches."""
+    """Raises UserError when the batch does not divide among devices and microbatches."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = shards * config.microbatches
     if config.batch_size % unit:
         nearest = max(1, round(config.batch_size / unit)) * unit
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size}: expected a multiple of data x fsdp x "
             f"microbatches = {shards} x {config.microbatches}; the nearest is {nearest}.")
 

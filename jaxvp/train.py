@@ -47,7 +47,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
       dry_run: only prints what would be trained, where it lies and how large it is.
 
     Raises:
-      ConfigError, ValueError, FileNotFoundError: something does not fit; before any device time.
+      ConfigError, UserError: something does not fit; before any device time.
       NonFiniteError: a metric is NaN or infinite; nothing is saved after it.
     """
     config = config_lib.build(step_lib.TrainConfig, raw_config, "config")

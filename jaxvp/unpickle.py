@@ -3,6 +3,8 @@
 import pickle
 from typing import BinaryIO
 
+from jaxvp.errors import UserError
+
 # What pickles of arrays ask for; before NumPy 2 numpy._core was numpy.core.
 _ALLOWED = (
     ("numpy._core.multiarray", "_reconstruct"),
@@ -25,9 +27,9 @@ def load(file: BinaryIO):
     """Reads one pickle of arrays, lists, tuples, dicts, texts and numbers.
 
     Raises:
-      ValueError: it asks for anything else, or is damaged.
+      UserError: it asks for anything else, or is damaged.
     """
     try:
         return _Unpickler(file).load()
     except Exception as error:  # A damaged pickle may raise anything.
-        raise ValueError(f"a pickle cannot be read: {error}") from error
+        raise UserError(f"a pickle cannot be read: {error}") from error

@@ -7,6 +7,8 @@ import av
 import numpy as np
 from etils import epath
 
+from jaxvp.errors import UserError
+
 
 def write_video(path: epath.PathLike, video: np.ndarray, fps: float, min_height: int = 256):
     """Writes uint8[T, H, W, 3] RGB as MP4.
@@ -20,7 +22,7 @@ def write_video(path: epath.PathLike, video: np.ndarray, fps: float, min_height:
         column, because H.264 halves the resolution of colour.
 
     Raises:
-      ValueError: `video` is not uint8[T, H, W, 3], or empty.
+      UserError: `video` is not uint8[T, H, W, 3], or empty.
     """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not video.size:
@@ -46,12 +48,12 @@ def read_video(path: epath.PathLike) -> np.ndarray:
     """All frames of a video file as uint8[T, H, W, 3] RGB.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not a video.
+      UserError: there is no such file.
+      UserError: it is not a video.
     """
     try:
         with av.open(io.BytesIO(epath.Path(path).read_bytes())) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is not a video that FFmpeg reads: {error}") from error
+        raise UserError(f"{path} is not a video that FFmpeg reads: {error}") from error
     return np.stack(frames)

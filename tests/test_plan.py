@@ -16,6 +16,7 @@ from configs import pretrain
 from jaxvp import chips, flops, hlo_analysis, plan, sharding, step
 from jaxvp import config as config_lib
 from jaxvp.data import mixture
+from jaxvp.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -229,7 +230,7 @@ def test_the_compilers_complaint_is_understood(message, needed):
 
 
 def test_other_complaints_are_not_memory():
-    with pytest.raises(RuntimeError, match="does not compile: INTERNAL: nonsense"):
+    with pytest.raises(UserError, match="does not compile: INTERNAL: nonsense"):
         plan._needed("INTERNAL: nonsense", 0)
 
 

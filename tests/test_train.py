@@ -18,6 +18,7 @@ from data_builders.tabletop.tabletop import Builder
 from jaxvp import checkpoint, export, train
 from jaxvp import step as step_lib
 from jaxvp.config import ConfigError
+from jaxvp.errors import UserError
 from jaxvp.metrics import NonFiniteError
 from jaxvp.policy import bundle
 from jaxvp.rules import named_leaves
@@ -83,7 +84,7 @@ def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
 
     def stopped_at():
         """The step that is saved, the step that is done."""
-        with contextlib.suppress(checkpoint.CheckpointError, FileNotFoundError, IndexError):
+        with contextlib.suppress(checkpoint.CheckpointError, UserError, IndexError):
             saved = checkpoint.restore_json(killed, "progress")["step"]
             return saved, rows(killed)[-1]["step"]
         return 0, 0
@@ -219,5 +220,5 @@ def test_a_workdir_of_another_config_is_refused(dataset, tmp_path):
 
 
 def test_absent_dataset(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         train.train(config_of("nowhere"), tmp_path)

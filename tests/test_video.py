@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxvp.errors import UserError
 from jaxvp.video import read_video, write_video
 
 
@@ -41,7 +42,7 @@ def test_not_a_video(tmp_path, video):
 
 
 def test_unreadable(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError):
         read_video(tmp_path / "a.mp4")
     (tmp_path / "a.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(ValueError, match="not a video"):

@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, json_file, video
 from data_builders.builder import Skip, option
 from data_builders.hdf5 import column, opened
+from jaxvp.errors import UserError
 
 FPS = 30
 # Robots with hands have fisheye cameras at their wrists.
@@ -68,7 +69,7 @@ class Builder(builder.RawBuilder):
         """(task, episode) of all episodes of the tasks in `observations`.
 
         Raises:
-          FileNotFoundError: the folders are not there, or nothing is unpacked.
+          UserError: the folders are not there, or nothing is unpacked.
         """
         items = set()
         for task in filter(lambda path: path.name.isdigit(), self.path("observations").iterdir()):
@@ -78,7 +79,7 @@ class Builder(builder.RawBuilder):
         if not items:
             packed = next(self.path("observations").rglob("*.tar"), None)
             hint = f"only archives: unpack them, `{UNPACK}`" if packed else "nothing like that"
-            raise FileNotFoundError(
+            raise UserError(
                 f"--raw={self.raw}: expected observations/<task>/<episode>/videos, found {hint}.")
         return sorted(items)
 
@@ -138,7 +139,7 @@ class Builder(builder.RawBuilder):
 
         Raises:
           Skip: the robot has the other kind of hand, or there are more actions than states.
-          ValueError: a column is missing or has another size.
+          UserError: a column is missing or has another size.
         """
         notes = []
         joints = column(file, "state/joint/position")
@@ -146,7 +147,7 @@ class Builder(builder.RawBuilder):
         if hands.shape[1:] != (len(HANDS[self.hand]),):
             if hands.shape[1:] in [(len(names),) for names in HANDS.values()]:
                 raise Skip(f"no {self.hand}: see --hand")
-            raise ValueError(f"{file.filename}: state/effector/position is {hands.shape}")
+            raise UserError(f"{file.filename}: state/effector/position is {hands.shape}")
         states = {"joint": joints, "effector": hands}
         for part in ("head", "waist"):  # Empty in some tasks.
             states[part] = column(file, f"state/{part}/position")
@@ -212,8 +213,8 @@ def _complete(file: h5py.File, part: str, commands: np.ndarray, still: np.ndarra
         if len(steps) == len(commands) and steps.min() >= 0 and steps.max() < len(still):
             completed[steps] = commands
             return completed
-    raise ValueError(f"{file.filename}: {key} does not say when the {len(commands)} commands of "
-                     f"action/{part} were sent")
+    raise UserError(f"{file.filename}: {key} does not say when the {len(commands)} commands of "
+                    f"action/{part} were sent")
 
 
 @functools.lru_cache(maxsize=2)
@@ -221,11 +222,11 @@ def _task_info(path: Path) -> dict[int, dict]:
     """Episode to its entry in task_info; none where a task has no file.
 
     Raises:
-      ValueError: it is not a JSON list of episodes.
+      UserError: it is not a JSON list of episodes.
     """
     if not path.exists():
         return {}
     try:
         return {entry["episode_id"]: entry for entry in json_file.read(path)}
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a JSON list of episodes: {error}") from error
+        raise UserError(f"{path} is not a JSON list of episodes: {error}") from error

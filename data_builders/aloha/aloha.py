@@ -21,6 +21,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, images
 from data_builders.builder import option
+from jaxvp.errors import UserError
 
 FPS = 50
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
@@ -63,8 +64,8 @@ class Builder(builder.RawBuilder):
         """Files below --raw, by folder and number.
 
         Raises:
-          FileNotFoundError: there is none.
-          ValueError: none can be read.
+          UserError: there is none.
+          UserError: none can be read.
         """
         files = self._files()
         self.features()
@@ -74,8 +75,8 @@ class Builder(builder.RawBuilder):
         files = [path for path in self.path().rglob("episode_*.hdf5")
                  if re.fullmatch(r"episode_\d+", path.stem)]
         if not files:
-            raise FileNotFoundError(f"--raw={self.raw} has no episode_<n>.hdf5, nor has a folder "
-                                    "below.")
+            raise UserError(f"--raw={self.raw} has no episode_<n>.hdf5, nor has a folder "
+                            "below.")
         return sorted(files, key=lambda path: (str(path.parent), int(path.stem[8:])))
 
     def build(self, item: str) -> Iterator[episode.Episode]:
@@ -128,8 +129,8 @@ def _images(file: h5py.File) -> h5py.Group:
     """Camera to its frames.
 
     Raises:
-      ValueError: there are none.
+      UserError: there are none.
     """
     if "observations/images" not in file:
-        raise ValueError("there is no observations/images")
+        raise UserError("there is no observations/images")
     return file["observations/images"]

@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, images
 from data_builders.builder import option
 from jaxvp import unpickle
+from jaxvp.errors import UserError
 
 FPS = 30.0
 CAMERAS = {"static": "a fixed view", "gripper": "a wrist view"}
@@ -59,8 +60,8 @@ class Builder(builder.RawBuilder):
         """(folder, first frame, last frame, text), of each folder in the order of its texts.
 
         Raises:
-          FileNotFoundError: there is no such folder or file.
-          ValueError: a file holds something else.
+          UserError: there is no such folder or file.
+          UserError: a file holds something else.
         """
         items = []
         for folder in ("training", "validation"):
@@ -113,14 +114,14 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except Exception as error:
-            raise ValueError(f"{path} does not hold what CALVIN's files do: {error}") from error
+            raise UserError(f"{path} does not hold what CALVIN's files do: {error}") from error
 
 
 def read(path: Path, *keys: str) -> list[np.ndarray]:
     """Arrays of an npz file; the others are not decompressed.
 
     Raises:
-      OSError, ValueError: it is not there, is damaged, or lacks one.
+      OSError, UserError: it is not there, is damaged, or lacks one.
     """
     with reading(path) as file:
         arrays = np.load(file)
@@ -131,7 +132,7 @@ def read_annotations(path: Path) -> list[tuple[int, int, str]]:
     """(first frame, last frame, text) of every annotated part.
 
     Raises:
-      ValueError: the file holds something else, or asks for code that is not allowed.
+      UserError: the file holds something else, or asks for code that is not allowed.
     """
     with reading(path) as file:
         np.lib.format.read_magic(file)

@@ -28,6 +28,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, video
 from data_builders.builder import Skip
+from jaxvp.errors import UserError
 
 FPS = 15
 # Cameras, robot and names are those of the RLDS release in open_x/datasets.py, so that both forms
@@ -47,7 +48,7 @@ def poses(file: h5py.File, key: str) -> np.ndarray:
     counts from 0 open to 1 closed.
 
     Raises:
-      ValueError: a column is missing, or they differ in length.
+      UserError: a column is missing, or they differ in length.
     """
     gripper = hdf5.column(file, f"{key.rpartition('/')[0]}/gripper_position").reshape(-1, 1)
     return np.concatenate([hdf5.column(file, key), 1 - gripper], axis=1)
@@ -84,13 +85,13 @@ class Builder(builder.RawBuilder):
         """<lab>/<success|failure>/<date>/<time> of every episode.
 
         Raises:
-          FileNotFoundError: there is none, or --unlabelled=drop and there are no annotations.
+          UserError: there is none, or --unlabelled=drop and there are no annotations.
         """
         root = self.path()
         folders = [folder for outcome in ("success", "failure")
                    for folder in root.glob(f"*/{outcome}/*/*")]
         if not folders:
-            raise FileNotFoundError(
+            raise UserError(
                 f"--raw={self.raw} has no <lab>/<success|failure>/<date>/<time>/trajectory.h5.")
         if self.unlabelled == "drop" and not annotations(root):
             self.path("aggregated-annotations-030724.json")
@@ -137,7 +138,7 @@ class Builder(builder.RawBuilder):
         """The episode id, which is in the name of the metadata."""
         for file in self.path(item).glob("metadata_*.json"):
             return file.stem.removeprefix("metadata_")
-        raise FileNotFoundError(f"{item}/metadata_<episode id>.json")
+        raise UserError(f"{item}/metadata_<episode id>.json")
 
     def _text(self, number: str) -> str:
         entry = annotations(self.path()).get(number, {})

@@ -151,7 +151,7 @@ class Builder(builder.RawBuilder):
         """Every video that is listed or annotated, with its segments: workers read no annotations.
 
         Raises:
-          FileNotFoundError: ego4d.json, the annotations or the folder of videos is not there.
+          UserError: ego4d.json, the annotations or the folder of videos is not there.
         """
         self.path(self.videos)
         listed = {entry["video_uid"]: entry for entry in self._json("ego4d.json")["videos"]}

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, video
 from data_builders.builder import Skip, option
+from jaxvp.errors import UserError
 
 FPS = 30
 TRACKED = 0.1  # Confidences are bimodal: below 0.003, or above 0.2.
@@ -46,7 +47,7 @@ def hands(file: h5py.File) -> np.ndarray:
     """float32[L, 48], the wrists and fingertips in the frame of the camera; NAMES says the order.
 
     Raises:
-      ValueError: a joint is missing, or they differ in length.
+      UserError: a joint is missing, or they differ in length.
     """
     # Poses are in a world of their own in every session; that of the camera is camera to world.
     to_camera = np.linalg.inv(hdf5.column(file, "transforms/camera"))
@@ -91,13 +92,13 @@ class Builder(builder.RawBuilder):
         """<part>/<task>/<number> of every episode, even if it lacks one of its files.
 
         Raises:
-          FileNotFoundError: there is none.
+          UserError: there is none.
         """
         root = self.path()
         files = {file.relative_to(root).with_suffix("") for ending in ("hdf5", "mp4")
                  for file in root.rglob(f"*/*/*.{ending}")}
         if not files:
-            raise FileNotFoundError(f"--raw={self.raw} has no <part>/<task>/<number>.hdf5.")
+            raise UserError(f"--raw={self.raw} has no <part>/<task>/<number>.hdf5.")
         return [file.as_posix() for file in sorted(
             files, key=lambda file: (file.parent, len(file.name), file.name))]
 

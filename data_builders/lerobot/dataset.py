@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from data_builders import images, json_file, video
+from jaxvp.errors import UserError
 
 _measure = functools.lru_cache(maxsize=64)(video.measure)  # A file serves many episodes.
 
@@ -46,14 +47,14 @@ class Dataset:
         """Reads info.json.
 
         Raises:
-          FileNotFoundError, ValueError: it is not there, is no JSON, or of another format.
+          UserError: it is not there, is no JSON, or of another format.
         """
         self.root = root
         self.info = json_file.read(root / "meta" / "info.json")
         version = str(self.info.get("codebase_version")).removeprefix("v")
         if version not in ("2.0", "2.1", "3.0"):
-            raise ValueError(f"{root}: the format of a LeRobot dataset must be 2.0, 2.1 or 3.0, "
-                             f"found {version}; LeRobot has scripts that convert.")
+            raise UserError(f"{root}: the format of a LeRobot dataset must be 2.0, 2.1 or 3.0, "
+                            f"found {version}; LeRobot has scripts that convert.")
         self.packed = version == "3.0"
         self.features = self.info["features"]
         self.fps = float(self.info["fps"])
@@ -113,15 +114,15 @@ class Dataset:
         """A whole vector feature, or a named part of one.
 
         Raises:
-          ValueError: there is neither.
+          UserError: there is neither.
         """
         if name in self.fields:
             return self.fields[name]
         vectors = [key for key, feature in self.features.items()
                    if feature["dtype"] not in ("video", "image", "string")]
         if name not in vectors:
-            raise ValueError(f"{self.root} has no vector {name!r}; there are "
-                             f"{', '.join([*vectors, *self.fields])}.")
+            raise UserError(f"{self.root} has no vector {name!r}; there are "
+                            f"{', '.join([*vectors, *self.fields])}.")
         size = math.prod(self.features[name]["shape"])
         names = _flat(self.features[name].get("names"))
         if len(names) != size:
@@ -134,7 +135,7 @@ class Dataset:
         """Columns of an episode, one row per step.
 
         Raises:
-          FileNotFoundError, OSError, ValueError: the file or a column is not there, or is damaged.
+          UserError, OSError: the file or a column is not there, or is damaged.
         """
         path = self.data_path(episode)
         with _reading(path):
@@ -146,14 +147,14 @@ class Dataset:
         """float64[L, D], the parts of a table side by side.
 
         Raises:
-          ValueError: a vector has other dimensions than info.json says.
+          UserError: a vector has other dimensions than info.json says.
         """
         found = {}
         for feature in {part.feature for part in parts}:
             values = np.array(table[feature].to_pylist(), np.float64).reshape(len(table), -1)
             if values.shape[1] != math.prod(self.features[feature]["shape"]):
-                raise ValueError(f"{self.root}: {feature} has {values.shape[1]} dimensions, "
-                                 f"info.json says {self.features[feature]['shape']}")
+                raise UserError(f"{self.root}: {feature} has {values.shape[1]} dimensions, "
+                                f"info.json says {self.features[feature]['shape']}")
             found[feature] = values
         return np.concatenate([found[part.feature][:, part.indices] for part in parts], 1)
 
@@ -162,7 +163,7 @@ class Dataset:
 
         Raises:
           VideoError: it is damaged.
-          ValueError: it has another rate than the dataset, so that frame i is not that of row i.
+          UserError: it has another rate than the dataset, so that frame i is not that of row i.
         """
         key = self.cameras[camera]
         if self.features[key]["dtype"] == "image":
@@ -178,7 +179,7 @@ class Dataset:
             start, end = (row[f"videos/{key}/{side}_timestamp"] for side in ("from", "to"))
             return min(count, round(end * self.fps)) - round(start * self.fps)
         if abs(fps - self.fps) > 0.05 * self.fps:
-            raise ValueError(f"{path} has {fps:g} frames per second, info.json says {self.fps:g}")
+            raise UserError(f"{path} has {fps:g} frames per second, info.json says {self.fps:g}")
         return count
 
     def jpegs(self, episode: int, camera: str, steps: np.ndarray, seconds: np.ndarray,
@@ -193,7 +194,7 @@ class Dataset:
           size: height and width in pixels.
 
         Raises:
-          FileNotFoundError, VideoError, ValueError: there are no such images.
+          UserError, VideoError: there are no such images.
         """
         key = self.cameras[camera]
         if self.features[key]["dtype"] == "image":
@@ -202,7 +203,7 @@ class Dataset:
                 return [images.recode(row["bytes"] or (self.root / row["path"]).read_bytes(), size)
                         for row in rows]
             except ValueError as error:
-                raise ValueError(f"{self.data_path(episode)}: {key}: {error}") from error
+                raise UserError(f"{self.data_path(episode)}: {key}: {error}") from error
         path = self.video_path(episode, key)
         if not self.packed:
             return video.jpegs(path, steps, size)
@@ -253,11 +254,11 @@ def _reading(path: Path):
     except FileNotFoundError:  # It has the name.
         raise
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _json_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON lines: {error}") from error
+        raise UserError(f"{path} is not JSON lines: {error}") from error

@@ -26,6 +26,7 @@ import numpy as np
 from data_builders import builder, episode
 from data_builders.builder import option
 from data_builders.lerobot.dataset import Dataset, Part
+from jaxvp.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ class Builder(builder.RawBuilder):
         """(folder of the dataset below --raw, episode), in order.
 
         Raises:
-          FileNotFoundError, ValueError: there is no dataset, or one that cannot be read.
-          ValueError: the datasets do not have the same dimensions, or an option names what they do
+          UserError: there is no dataset, or one that cannot be read.
+          UserError: the datasets do not have the same dimensions, or an option names what they do
             not have.
         """
         datasets = self.datasets()
@@ -73,13 +74,13 @@ class Builder(builder.RawBuilder):
         state, action = map(_names, parts[first])
         for folder in parts:
             if (names := list(map(_names, parts[folder]))) != [state, action]:
-                raise ValueError(f"--raw={self.raw}: state and action of {folder} are {names}, of "
-                                 f"{first} {[state, action]}: convert them separately.")
+                raise UserError(f"--raw={self.raw}: state and action of {folder} are {names}, of "
+                                f"{first} {[state, action]}: convert them separately.")
         for flag, wanted, names in (("gripper", self.ranges(), state + action),
                                     ("relative", self.relative, action)):
             if unknown := set(wanted) - set(names):
-                raise ValueError(f"--{flag}: there is no dimension {', '.join(sorted(unknown))}; "
-                                 f"there are {', '.join(names)}.")
+                raise UserError(f"--{flag}: there is no dimension {', '.join(sorted(unknown))}; "
+                                f"there are {', '.join(names)}.")
         self.features()  # Checks the cameras.
         return [(folder, index) for folder, dataset in datasets.items()
                 for index in dataset.episodes]
@@ -128,7 +129,7 @@ class Builder(builder.RawBuilder):
         """Folder below --raw to the dataset in it, in order.
 
         Raises:
-          FileNotFoundError, ValueError: there is none, or its info.json cannot be used.
+          UserError: there is none, or its info.json cannot be used.
         """
         return _datasets(self.path())
 
@@ -136,7 +137,7 @@ class Builder(builder.RawBuilder):
         """Gripper dimension to what it is when closed and when open.
 
         Raises:
-          ValueError: `--gripper` is not of this form.
+          UserError: `--gripper` is not of this form.
         """
         ranges = {}
         for text in self.gripper:
@@ -144,9 +145,9 @@ class Builder(builder.RawBuilder):
                 name, closed, opened = re.fullmatch("(.+)=(.+):(.+)", text).groups()
                 ranges[name] = float(closed), float(opened)
                 if ranges[name][0] == ranges[name][1]:
-                    raise ValueError("closed and open are the same")
+                    raise UserError("closed and open are the same")
             except (AttributeError, ValueError) as error:
-                raise ValueError(f"--gripper must be NAME=CLOSED:OPEN, found {text!r}.") from error
+                raise UserError(f"--gripper must be NAME=CLOSED:OPEN, found {text!r}.") from error
         return ranges
 
     def _robot_type(self, dataset: Dataset) -> str:
@@ -201,5 +202,5 @@ def _datasets(raw: Path) -> dict[str, Dataset]:
     if not found:
         packed = sorted(raw.rglob("*.tar.gz"))
         hint = f", only archives such as {packed[0]}: unpack them" if packed else ""
-        raise FileNotFoundError(f"--raw={raw}: no folder there or below has meta/info.json{hint}.")
+        raise UserError(f"--raw={raw}: no folder there or below has meta/info.json{hint}.")
     return found

@@ -23,6 +23,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5
 from data_builders.builder import option
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class Builder(builder.Builder):
         empty for a file that cannot be read.
 
         Raises:
-          FileNotFoundError: there are no files.
-          ValueError: a file has no images although they are to come from it.
+          UserError: there are no files.
+          UserError: a file has no images although they are to come from it.
         """
         if self.replay != "none":
             libero.setup(self.libero_assets)
@@ -85,23 +86,23 @@ class Builder(builder.Builder):
             except (OSError, ValueError):  # Counted when `build` raises it, too.
                 names, images = [""], True
             if self.replay == "none" and not images:
-                raise ValueError(f"{path}: data/{names[0]}/obs is missing, so it holds no images: "
-                                 "render them with --replay=states.")
+                raise UserError(f"{path}: data/{names[0]}/obs is missing, so it holds no images: "
+                                "render them with --replay=states.")
             task = path.name.removesuffix("_demo.hdf5")
             items += [(path.parent.name, task, name) for name in names]
         return items
 
     def _files(self) -> list[Path]:
         if unknown := set(self.suites) - set(libero.SUITES):
-            raise ValueError(f"--suites={','.join(unknown)}: choose of {', '.join(libero.SUITES)}.")
+            raise UserError(f"--suites={','.join(unknown)}: choose of {', '.join(libero.SUITES)}.")
         files = []
         for suite in self.suites or libero.SUITES:
             found = sorted(Path(self.raw, suite).glob("*_demo.hdf5"))
             if not found and self.suites:
-                raise FileNotFoundError(f"--raw={self.raw} has no {suite}/*_demo.hdf5.")
+                raise UserError(f"--raw={self.raw} has no {suite}/*_demo.hdf5.")
             files += found
         if not files:
-            raise FileNotFoundError(f"--raw={self.raw} has no <suite>/<task>_demo.hdf5.")
+            raise UserError(f"--raw={self.raw} has no <suite>/<task>_demo.hdf5.")
         return files
 
     def build(self, item: tuple[str, str, str]) -> Iterator[episode.Episode]:
@@ -183,11 +184,11 @@ def check_late(group: h5py.Group, states: np.ndarray):
     """Compares the arm's joints in observations and states, which precede the actions.
 
     Raises:
-      ValueError: the observations precede the actions, too, as OpenVLA's script writes them.
+      UserError: the observations precede the actions, too, as OpenVLA's script writes them.
     """
     joints, recorded = libero.column(group, "obs/joint_states"), states[:, 1:8]
     if np.abs(joints - recorded).sum() < np.abs(joints[:-1] - recorded[1:]).sum():
-        raise ValueError(
+        raise UserError(
             f"{group.file.filename}: {group.name}/obs shows the arm before each action, not after "
             "it as in LIBERO's published files: use --alignment=as_is."
         )

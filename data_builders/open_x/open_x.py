@@ -25,6 +25,7 @@ from data_builders.builder import option
 from data_builders.open_x import tfrecord
 from data_builders.open_x.datasets import DATASETS, VIEWS, Dataset, Part
 from data_builders.open_x.rules import RULES
+from jaxvp.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Builder(builder.RawBuilder):
         """The dataset, as the table calls it.
 
         Raises:
-          FileNotFoundError: there is no download at `--raw`.
-          ValueError: the table has no such dataset; the message suggests names.
+          UserError: there is no download at `--raw`.
+          UserError: the table has no such dataset; the message suggests names.
         """
         names = {alias: name for name, dataset in DATASETS.items()
                  for alias in (name, *dataset.aliases)}
@@ -54,7 +55,7 @@ class Builder(builder.RawBuilder):
         if found := [names[name] for name in given if name in names]:
             return found[0]
         near = difflib.get_close_matches(given[0], names, 3, cutoff=0.4) or list(names)[:3]
-        raise ValueError(
+        raise UserError(
             f"--raw={self.raw}: data_builders/open_x/datasets.py has no dataset {given[0]!r}; near "
             f"names are {', '.join(near)}. Say --dataset=NAME if it has the layout of one that is "
             "there, or add an entry: robot, steps per second, and what cameras, action, state and "
@@ -78,14 +79,14 @@ class Builder(builder.RawBuilder):
         """(file, number in it) of every record, in order.
 
         Raises:
-          FileNotFoundError: files of the download are missing, and `--no-partial`.
-          ValueError: the table has no such dataset, its version cannot be used, or features.json
+          UserError: files of the download are missing, and `--no-partial`.
+          UserError: the table has no such dataset, its version cannot be used, or features.json
             lacks what the table says.
         """
         download, entry = self._download(), self._entry
         if entry.versions and download.version not in entry.versions:
-            raise ValueError(f"--raw={self.raw} is version {download.version} of {self.name}, and "
-                             f"only {', '.join(entry.versions)} is known to be sound: download it.")
+            raise UserError(f"--raw={self.raw} is version {download.version} of {self.name}, and "
+                            f"only {', '.join(entry.versions)} is known to be sound: download it.")
         sizes = {key: math.prod(spec.shape) for key, spec in download.specs.items()}
         needed = [(f"steps/{part.key}", part.start + part.size)
                   for part in (*entry.action, *entry.state)]
@@ -94,12 +95,12 @@ class Builder(builder.RawBuilder):
                    for camera in self.view_names(entry.cameras)]
         if wrong := [f"{key}[{size}]" for key, size in needed if sizes.get(key, 0) < size]:
             found = ", ".join(f"{key}[{size}]" for key, size in sizes.items() if "steps/" in key)
-            raise ValueError(f"--raw={self.raw} is not {self.name} as datasets.py describes it: "
-                             f"features.json lacks {', '.join(wrong)}; it has {found}.")
+            raise UserError(f"--raw={self.raw} is not {self.name} as datasets.py describes it: "
+                            f"features.json lacks {', '.join(wrong)}; it has {found}.")
         folder = self.path()
         missing = [file for file in download.files if not (folder / file).exists()]
         if missing and not self.partial:
-            raise FileNotFoundError(
+            raise UserError(
                 f"--raw={self.raw} lacks {len(missing)} of {len(download.files)} files, such as "
                 f"{missing[0]}: download them, or convert those that are there with --partial.")
         return [(file, number) for file, (_, count) in download.files.items()
@@ -119,7 +120,7 @@ class Builder(builder.RawBuilder):
         try:
             made = self._episode(tfrecord.Example(data, self._download().specs), item)
         except ValueError as error:
-            raise ValueError(f"{file}, record {number}: {error}") from error
+            raise UserError(f"{file}, record {number}: {error}") from error
         yield made
 
     def episode_id(self, item: tuple[str, int]) -> str:
@@ -127,7 +128,7 @@ class Builder(builder.RawBuilder):
 
     def _episode(self, record: tfrecord.Example, item: tuple[str, int]) -> episode.Episode:
         if not record.values("steps/is_first"):
-            raise ValueError("the episode has no steps")
+            raise UserError("the episode has no steps")
         entry = self._entry
         state, action = columns(record, entry.state), columns(record, entry.action)
         relative = [part.relative for part in entry.action for _ in part.names]
@@ -201,7 +202,7 @@ def columns(record: tfrecord.Example, parts: Sequence[Part]) -> np.ndarray:
         values = record.array(f"steps/{part.key}").astype(float)
         values = values.reshape(len(values), -1)[:, part.start:part.start + part.size]
         if not np.isfinite(values).all():
-            raise ValueError(f"{part.key} has numbers that are not finite")
+            raise UserError(f"{part.key} has numbers that are not finite")
         values = values * part.scale
         for rule in part.rule.split():
             values = RULES[rule](values)

@@ -22,6 +22,7 @@ from tensorflow_datasets.core import naming
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_builders import json_file
+from jaxvp.errors import UserError
 
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -66,19 +67,19 @@ def read(path: str | os.PathLike, number: int) -> bytes:
     """A record of a file, by its number from 0.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the record is damaged, or the file is damaged or ends before it.
+      UserError: there is no such file.
+      UserError: the record is damaged, or the file is damaged or ends before it.
     """
     offsets, end = _offsets(os.fspath(path))
     if number >= len(offsets):
-        raise ValueError(f"{path} has no record {number}: after {len(offsets)} records {end}.")
+        raise UserError(f"{path} has no record {number}: after {len(offsets)} records {end}.")
     with open(path, "rb") as file:
         file.seek(offsets[number])
         length, _ = _HEADER.unpack(file.read(_HEADER.size))
         data = file.read(length)
         if checksum(data) != _CHECKSUM.unpack(file.read(_CHECKSUM.size))[0]:
-            raise ValueError(f"{path}: record {number} at byte {offsets[number]} is damaged, its "
-                             "checksum differs.")
+            raise UserError(f"{path}: record {number} at byte {offsets[number]} is damaged, its "
+                            "checksum differs.")
     return data
 
 
@@ -106,12 +107,12 @@ def download(folder: Path) -> Download:
     """Reads dataset_info.json and features.json.
 
     Raises:
-      FileNotFoundError: one of them is not there.
-      ValueError: the files are not TFRecord, or there are none.
+      UserError: one of them is not there.
+      UserError: the files are not TFRecord, or there are none.
     """
     info = json_file.read(folder / "dataset_info.json")
     if info.get("fileFormat", "tfrecord") != "tfrecord":
-        raise ValueError(f"{folder} holds {info['fileFormat']} files, not tfrecord.")
+        raise UserError(f"{folder} holds {info['fileFormat']} files, not tfrecord.")
     files = {}
     for split in info.get("splits", ()):
         counts = [int(count) for count in split.get("shardLengths", ())]
@@ -122,7 +123,7 @@ def download(folder: Path) -> Download:
             path = template.sharded_filepath(shard_index=shard, num_shards=len(counts))
             files[path.name] = split["name"], count
     if not files:
-        raise ValueError(f"{folder}/dataset_info.json lists no files.")
+        raise UserError(f"{folder}/dataset_info.json lists no files.")
     specs = dict(_specs(json_file.read(folder / "features.json")))
     prepared = info.get("moduleName", "").startswith("rlds_dataset_mod")
     return Download(info["name"], info["version"], files, specs, prepared)
@@ -148,12 +149,12 @@ class Example:
         """Parses a record.
 
         Raises:
-          ValueError: it is not a tf.train.Example.
+          UserError: it is not a tf.train.Example.
         """
         try:
             self._features = tf_example_pb2.Example.FromString(data).features.feature
         except DecodeError as error:
-            raise ValueError(f"the record is not a tf.train.Example: {error}") from error
+            raise UserError(f"the record is not a tf.train.Example: {error}") from error
         self._specs = specs
 
     def __contains__(self, key: str) -> bool:
@@ -163,10 +164,10 @@ class Example:
         """The list under a key as it is stored: int, float or bytes.
 
         Raises:
-          ValueError: there is none.
+          UserError: there is none.
         """
         if key not in self._features:
-            raise ValueError(f"the episode has no {key}")
+            raise UserError(f"the episode has no {key}")
         feature = self._features[key]
         return getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
 
@@ -174,7 +175,7 @@ class Example:
         """number[L, *shape], a tensor of every step.
 
         Raises:
-          ValueError: there is none, or it does not fit features.json.
+          UserError: there is none, or it does not fit features.json.
         """
         values, (shape, dtype, encoding) = self.values(key), self._specs[key]
         try:
@@ -184,5 +185,5 @@ class Example:
                 values = np.frombuffer(b"".join(values), dtype)
             return np.array(values).reshape(-1, *shape)
         except (ValueError, TypeError, zlib.error) as error:
-            raise ValueError(f"{key} does not fit {shape} {dtype}, encoding {encoding}, of "
-                             f"features.json: {error}") from error
+            raise UserError(f"{key} does not fit {shape} {dtype}, encoding {encoding}, of "
+                            f"features.json: {error}") from error

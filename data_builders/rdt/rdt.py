@@ -22,6 +22,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, language
 from data_builders.builder import Skip, option
+from jaxvp.errors import UserError
 
 FPS = 25.0
 # What RDT divides the raw angles of the grippers by, left and right; larger is more open.
@@ -55,7 +56,7 @@ class Builder(builder.RawBuilder):
         """The files, relative to `raw`.
 
         Raises:
-          FileNotFoundError: there are none.
+          UserError: there are none.
         """
         return hdf5.files(self.path(), "**/episode_*.hdf5")
 
@@ -110,10 +111,10 @@ def rescaled(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """float64[L, 14] with the grippers divided by `scale`, from 0, closed, to about 1, open.
 
     Raises:
-      ValueError: there are not 14 columns.
+      UserError: there are not 14 columns.
     """
     if values.shape[1:] != (14,):
-        raise ValueError(f"state and action must have 14 columns, found {values.shape}")
+        raise UserError(f"state and action must have 14 columns, found {values.shape}")
     divisor = np.ones(14)
     divisor[[6, 13]] = scale
     return values / divisor

@@ -26,6 +26,7 @@ from data_builders import builder, episode, hdf5, images
 from data_builders.builder import Skip
 from data_builders.lerobot.dataset import Dataset
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 
 FPS = 20.0
 CAMERAS = {"robot0_agentview_left": "a left view", "robot0_agentview_right": "a right view",
@@ -68,7 +69,7 @@ class Builder(builder.RawBuilder):
         a file without images, or one that cannot be read.
 
         Raises:
-          FileNotFoundError: there are no files.
+          UserError: there are no files.
         """
         items = []
         for name in hdf5.files(self.path(), "**/*.hdf5", "**/meta/info.json"):
@@ -83,7 +84,7 @@ class Builder(builder.RawBuilder):
 
         Raises:
           Skip: it has no images; downloads have it beside the same with images.
-          OSError, ValueError: it cannot be read.
+          OSError, UserError: it cannot be read.
         """
         if name.endswith("info.json"):
             folder = name.removesuffix("meta/info.json").removesuffix("/") or "."
@@ -141,7 +142,7 @@ class Builder(builder.RawBuilder):
                  counts: dict[str, int], jpegs) -> episode.Episode:
         """Both forms from here on; `jpegs` makes a camera's images of some steps."""
         if action.shape[1:] != (len(ACTION_NAMES),):
-            raise ValueError(f"actions must have {len(ACTION_NAMES)} columns, found {action.shape}")
+            raise UserError(f"actions must have {len(ACTION_NAMES)} columns, found {action.shape}")
         length, notes = episode.shortest(states=len(state), actions=len(action), **counts)
         self.admit(length, FPS, len(counts))
         instruction = self.instruction(text)

@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, images, json_file
 from data_builders.builder import option
 from data_builders.robomind.embodiments import EMBODIMENTS, GRIPPER, Embodiment
+from jaxvp.errors import UserError
 
 # Frames that were stored without encoding, by their number of bytes.
 UNENCODED = {720 * 1280 * 3: (720, 1280, 3), 480 * 640 * 3: (480, 640, 3)}
@@ -62,7 +63,7 @@ class Builder(builder.RawBuilder):
         """The files, relative to `raw`.
 
         Raises:
-          FileNotFoundError: there are none, or the table of instructions is not there.
+          UserError: there are none, or the table of instructions is not there.
         """
         self.path("RoboMIND_v1_2_instr.csv")
         folders = self.spec.folders or (f"h5_{self.embodiment}",)
@@ -125,7 +126,7 @@ class Builder(builder.RawBuilder):
         values = np.concatenate([part[:length] for part in parts], 1)
         gripper = [name.endswith(GRIPPER) for name in self.spec.names]
         if len(gripper) != values.shape[1]:
-            raise ValueError(f"{keys} have {values.shape[1]} columns, expected {len(gripper)}")
+            raise UserError(f"{keys} have {values.shape[1]} columns, expected {len(gripper)}")
         return np.where(gripper, 1 - values, values)
 
     def _instruction(self, item: str, length: int) -> list[str]:

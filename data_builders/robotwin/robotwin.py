@@ -25,6 +25,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, language
 from data_builders.builder import option
+from jaxvp.errors import UserError
 
 SIMULATION_FPS, SAVE_FREQ = 250.0, 15  # A frame is saved every 15 steps; files may say otherwise.
 # Ours to RoboTwin's and XPolicyLab's.
@@ -67,13 +68,13 @@ class Builder(builder.RawBuilder):
         """The robot's files, relative to `raw`.
 
         Raises:
-          FileNotFoundError: there are none.
+          UserError: there are none.
         """
         found = hdf5.files(self.path(), "**/data/episode*.hdf5")
         robots = [robot_of(self.path(item).resolve()) for item in found]
         if self.robot not in robots:
-            raise FileNotFoundError(f"--raw={self.raw} has no folder of --robot={self.robot}, but "
-                                    f"of {', '.join(sorted(set(robots)))}.")
+            raise UserError(f"--raw={self.raw} has no folder of --robot={self.robot}, but "
+                            f"of {', '.join(sorted(set(robots)))}.")
         return [item for item, robot in zip(found, robots, strict=True) if robot == self.robot]
 
     def episode_id(self, item: str) -> str:

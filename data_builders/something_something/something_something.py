@@ -43,7 +43,7 @@ class Builder(builder.RawBuilder):
         """(split, id, label), as listed.
 
         Raises:
-          FileNotFoundError: there is no list of the split train.
+          UserError: there is no list of the split train.
         """
         items = []
         for split in SPLITS:

@@ -13,6 +13,7 @@ import numpy as np
 from data_builders import builder, episode
 from data_builders.builder import Skip, option
 from jaxvp.envs import tabletop
+from jaxvp.errors import UserError
 
 TASKS = {name: (name,) for name in tabletop.SEEN_TASKS | tabletop.UNSEEN_TASKS} | {
     "core": tuple(tabletop.CORE_TASKS),
@@ -45,15 +46,15 @@ class Builder(builder.Builder):
         """The tasks, in order.
 
         Raises:
-          ValueError: there is none, or no such task; the message suggests the nearest name.
+          UserError: there is none, or no such task; the message suggests the nearest name.
         """
         if not self.tasks:
-            raise ValueError(f"--tasks is empty: name some of {', '.join(TASKS)}.")
+            raise UserError(f"--tasks is empty: name some of {', '.join(TASKS)}.")
         for name in self.tasks:
             if name not in TASKS:
                 close = difflib.get_close_matches(name, TASKS, 1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"--tasks: no task {name!r}.{hint} There are {', '.join(TASKS)}.")
+                raise UserError(f"--tasks: no task {name!r}.{hint} There are {', '.join(TASKS)}.")
         return tuple(dict.fromkeys(task for name in self.tasks for task in TASKS[name]))
 
     def features(self):
@@ -65,7 +66,7 @@ class Builder(builder.Builder):
         """(task, seed) of every episode.
 
         Raises:
-          ValueError: an option has no such value.
+          UserError: an option has no such value.
         """
         tasks = self.task_names()
         self._env(tasks[0])

@@ -17,6 +17,7 @@ from jaxvp.data.normalize import Normalizer
 from jaxvp.data.rlds import BadRecord, Episodes, Record, decode_image
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import COMMAND, TextEmbeddings
+from jaxvp.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class Views:
 
     def __init__(self, episodes: Episodes, spec: ClipSpec,
                  names: Mapping[str, str | None] | None = None):
-        """Raises ValueError when the dataset lacks a camera, or frames per second.
+        """Raises UserError when the dataset lacks a camera, or frames per second.
 
         Args:
           episodes: the data.
@@ -102,19 +103,19 @@ class Views:
         self.episodes, self.spec = episodes, spec
         names = names or {}
         if unknown := set(names) - set(spec.cameras):
-            raise ValueError(
+            raise UserError(
                 f"cameras of the source {episodes.folder} names {sorted(unknown)}: the views are "
                 f"{spec.cameras}."
             )
         self.cameras = tuple(names.get(camera, camera) for camera in spec.cameras)
         missing = [c for c in self.cameras if c is not None and c not in episodes.cameras]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{episodes.folder} has no camera {missing[0]!r}; it has {episodes.cameras}. Map "
                 "views to its names in the source's `cameras`, to None for a view that it lacks."
             )
         if (slowest := float(episodes.fps.min())) < spec.fps:
-            raise ValueError(
+            raise UserError(
                 f"{episodes.folder} has {slowest:g} frames per second, clips want {spec.fps:g}: "
                 "lower data.fps."
             )
@@ -151,7 +152,7 @@ class Latents:
     """The same of a source that jaxvp.data.precompute wrote: latents in place of pictures."""
 
     def __init__(self, episodes: Episodes, spec: ClipSpec):
-        """Raises ValueError when they were made for other clips."""
+        """Raises UserError when they were made for other clips."""
         self.episodes, self.spec = episodes, spec
         stored = episodes.stored_latents
         self.stride, self.cameras = stored["stride"], tuple(stored["views"])
@@ -160,8 +161,8 @@ class Latents:
         differing = [f"{name} {stored[name]}, not {value}" for name, value in wanted.items()
                      if stored[name] != value]
         if differing:
-            raise ValueError(f"{episodes.folder} holds latents of other clips: "
-                             f"{'; '.join(differing)}. Run jaxvp.data.precompute for this config.")
+            raise UserError(f"{episodes.folder} holds latents of other clips: "
+                            f"{'; '.join(differing)}. Run jaxvp.data.precompute for this config.")
 
     def fill(self, record: int, steps: Record, step: int, clip: Mapping[str, np.ndarray]):
         """Fills latents and frame_mask; raises BadRecord when they cannot be read."""
@@ -212,7 +213,7 @@ class Clips:
           max_bad_records: more records that cannot be read than this stop the run.
 
         Raises:
-          ValueError: a camera, a normalizer or the embeddings of the texts are missing, or the
+          UserError: a camera, a normalizer or the embeddings of the texts are missing, or the
             dataset has fewer frames per second than the clip, or latents of other clips, or more
             than `max_bad_records` bad records are known.
         """
@@ -222,7 +223,7 @@ class Clips:
                           else Views(episodes, spec, cameras))
         self.cameras = self._pictures.cameras
         if missing := set(episodes.robots()) - set(normalizers):
-            raise ValueError(
+            raise UserError(
                 f"{episodes.folder} has robots {sorted(missing)} without statistics; there are "
                 f"statistics of {sorted(normalizers)}."
             )
@@ -246,7 +247,7 @@ class Clips:
         """Writes one clip into arrays, such as rows of those of a batch.
 
         Raises:
-          ValueError: the text is longer than M, or more than `max_bad_records` records are bad.
+          UserError: the text is longer than M, or more than `max_bad_records` records are bad.
         """
         record = int(np.searchsorted(self._ends, index, side="right"))
         start = index - int(self._ends[record] - self._counts[record])
@@ -290,10 +291,10 @@ class Clips:
         if not spec.text_width:
             return functools.lru_cache(maxsize=4096)(ByteTokenizer(spec.text_length).encode)
         if embeddings.width != spec.text_width:
-            raise ValueError(f"{embeddings.folder} has embeddings of width {embeddings.width}, "
-                             f"data.text_width is {spec.text_width}: set it to the former.")
+            raise UserError(f"{embeddings.folder} has embeddings of width {embeddings.width}, "
+                            f"data.text_width is {spec.text_width}: set it to the former.")
         if self.episodes.digest not in embeddings.datasets:
-            raise ValueError(
+            raise UserError(
                 f"{embeddings.folder} lacks texts of {self.episodes.folder} {self.episodes.split}: "
                 f"add them with `{COMMAND.format(folder=embeddings.folder)}`.")
         return functools.partial(embeddings.lookup, length=spec.text_length)
@@ -313,7 +314,7 @@ class Clips:
         readable = len(self.episodes) + len(self.episodes.damaged) - len(bad)
         if len(bad) > self._max_bad_records or not readable:
             listing = "\n  ".join(bad[:10])
-            raise ValueError(
+            raise UserError(
                 f"{len(bad)} records of {self.episodes.folder} are unreadable; "
                 f"max_bad_records is {self._max_bad_records}:\n  {listing}"
             )

@@ -24,15 +24,16 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
+from jaxvp import command
 from jaxvp import config as config_lib
 from jaxvp.data import mixture, observation, rlds
 from jaxvp.data.clips import Clips
 from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.normalize import CONSTANT, Normalizer
 from jaxvp.data.rlds import Episodes
+from jaxvp.errors import UserError
 
 EPISODES = 4  # On the contact sheet of a dataset, and at least one of every robot,
 TIMES = 8  # at so many times each.
@@ -41,7 +42,7 @@ POINTS = 200  # Of a plot.
 
 
 def check_there(config: DataConfig):
-    """Raises FileNotFoundError that lists every dataset of the mixture that is not there."""
+    """Raises UserError that lists every dataset of the mixture that is not there."""
     from configs.mixtures import BUILD  # For the message only.
 
     paths = dict.fromkeys(source.path for source in config.sources)
@@ -49,11 +50,11 @@ def check_there(config: DataConfig):
     for path in paths:
         try:
             rlds.version_folder(path)
-        except FileNotFoundError as error:
+        except rlds.NoDataset as error:
             command = f"python -m data_builders.build {BUILD.get(path)} --out={path}"
             missing.append(command if path in BUILD else str(error))
     if missing:
-        raise FileNotFoundError(
+        raise UserError(
             f"{len(missing)} of {len(paths)} datasets are missing. What makes them (RAW is a "
             "download):\n  " + "\n  ".join(missing))
 
@@ -155,7 +156,7 @@ def inspect(config: DataConfig) -> dict:
       the same}.
 
     Raises:
-      FileNotFoundError, ValueError: a dataset is absent or damaged, or filters leave nothing of it.
+      UserError: a dataset is absent or damaged, or filters leave nothing of it.
     """
     check_there(config)
     normalizers = mixture.statistics(config)
@@ -278,34 +279,22 @@ def write(out: Path, found: Mapping, name: str, config: DataConfig):
     (out / "data.html").write_text(page)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    with config_lib.one_line_errors():
-        start()
-
-
-def start():
+def start(settings):
     """Inspects what the flags say."""
-    settings = flags.FLAGS
     config = config_lib.build(DataConfig, settings.config.data, "config.data")
     console = rich.console.Console(markup=False, highlight=False)  # Texts may have brackets.
     found = inspect(config)
     tables(found, console)
     if settings.out:
-        write(Path(settings.out), found, config_lib.flag_name(), config)
+        write(Path(settings.out), found, command.config_name(), config)
         console.print(f"Look at {settings.out}/data.html", soft_wrap=True)
 
 
 def run():
     """The command; see the module's docstring."""
-    config_flags.DEFINE_config_file(
-        "config", None, "A file of configs/; FILE:ARGUMENT chooses one of its variants, "
-        "--config.key=value changes a key.")
+    command.define_config("Whose data is looked at")
     flags.DEFINE_string("out", None, "Folder to write data.html into.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command.run(start)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.data.rlds import BadRecord, Episodes, cached
 from jaxvp.data.text_embeddings import TextEmbeddings
+from jaxvp.errors import UserError
 
 # Quantiles come from at most about this many steps of a robot, evenly spaced.
 MAX_STATISTICS_STEPS = 2_000_000
@@ -61,13 +62,13 @@ class SourceConfig:
 
     def __post_init__(self):
         if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"The weight of {self.path} must be positive, found {self.weight}.")
+            raise UserError(f"The weight of {self.path} must be positive, found {self.weight}.")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"The validation_fraction of {self.path} must be at least 0 and less "
-                             f"than 1, found {self.validation_fraction}.")
+            raise UserError(f"The validation_fraction of {self.path} must be at least 0 and less "
+                            f"than 1, found {self.validation_fraction}.")
         if self.validation_fraction and self.validation_split:
-            raise ValueError(f"{self.path} has a validation_split and a validation_fraction: set "
-                             "the split to \"\" or the fraction to 0.")
+            raise UserError(f"{self.path} has a validation_split and a validation_fraction: set "
+                            "the split to \"\" or the fraction to 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,25 +120,25 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise ValueError("data.sources is empty: name at least one dataset.")
+            raise UserError("data.sources is empty: name at least one dataset.")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"data.layout is {self.layout!r}; there are {', '.join(LAYOUTS)}.")
+            raise UserError(f"data.layout is {self.layout!r}; there are {', '.join(LAYOUTS)}.")
         if self.normalization not in normalize.MODES:
-            raise ValueError(
+            raise UserError(
                 f"data.normalization is {self.normalization!r}; there are {normalize.MODES}."
             )
         if not 0 < self.crop <= 1:
-            raise ValueError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
+            raise UserError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
         for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"data.{name} must be positive, found {getattr(self, name)}.")
+                raise UserError(f"data.{name} must be positive, found {getattr(self, name)}.")
         sources = list(self.sources)
         for i, source in enumerate(sources):
             if not isinstance(source, SourceConfig):
                 sources[i] = build(SourceConfig, source, f"data.sources[{i}]")
         if 0 < sum(source.weight is None for source in sources) < len(sources):
-            raise ValueError("data.sources has weights of None, the number of clips, and others: "
-                             "give all sources one kind.")
+            raise UserError("data.sources has weights of None, the number of clips, and others: "
+                            "give all sources one kind.")
         object.__setattr__(self, "sources", tuple(sources))
         object.__setattr__(self, "cameras", tuple(self.cameras) or LAYOUTS[self.layout].cameras)
 
@@ -172,11 +173,11 @@ class BatchIterator:
         """Continues at a state, which may come from another number of processes.
 
         Raises:
-          ValueError: the state is not at a multiple of this iterator's batch size.
+          UserError: the state is not at a multiple of this iterator's batch size.
         """
         examples = state["step"] * state["batch_size"]
         if examples % self._batch_size:
-            raise ValueError(
+            raise UserError(
                 f"The data position, {examples} examples, is not a multiple of batch_size "
                 f"{self._batch_size}: continue with batch_size {state['batch_size']}."
             )
@@ -230,7 +231,7 @@ def train_iterator(
       normalizers: robot to normalizer, such as those of a checkpoint; default: `statistics`.
 
     Raises:
-      FileNotFoundError, ValueError: a dataset is absent, damaged or does not fit the config.
+      UserError: a dataset is absent, damaged or does not fit the config.
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
     if normalizers is None:
@@ -256,7 +257,7 @@ def validation_batches(
     Arguments and errors as for `train_iterator`.
 
     Raises:
-      ValueError: no source has a validation_split or a validation_fraction.
+      UserError: no source has a validation_split or a validation_fraction.
     """
     opened = {
         number: open_source(config, source, held_out=True)
@@ -264,8 +265,8 @@ def validation_batches(
         if source.validation_split or source.validation_fraction
     }
     if not opened:
-        raise ValueError("No source has a validation_split or a validation_fraction, so there is "
-                         "nothing to validate on.")
+        raise UserError("No source has a validation_split or a validation_fraction, so there is "
+                        "nothing to validate on.")
     clips = _clips(config, opened, statistics(config) if normalizers is None else normalizers)
     batches = _batches(config, clips, batch_size, 0, process_index, process_count)
     return batches[:num_batches]
@@ -275,7 +276,7 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
     """The episodes of a source that it keeps for training, or that are held out of it.
 
     Raises:
-      FileNotFoundError, ValueError: the dataset is absent or damaged, has no such robot, or no
+      UserError: the dataset is absent or damaged, has no such robot, or no
         episode is left.
     """
     split = source.validation_split if held_out and source.validation_split else source.split
@@ -283,8 +284,8 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
     cameras = [source.cameras.get(camera, camera) for camera in config.cameras]
     unknown = set(source.robots) - set(episodes.robots())
     if unknown and not held_out:
-        raise ValueError(f"{episodes.folder} has no robot {min(unknown)!r}, but "
-                         f"{list(episodes.robots())}.")
+        raise UserError(f"{episodes.folder} has no robot {min(unknown)!r}, but "
+                        f"{list(episodes.robots())}.")
     kept = {
         "robots": episodes.where("robot", lambda robot: robot in (source.robots or (robot,))),
         "min_views": source.min_views <= sum(
@@ -295,15 +296,15 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
     if source.validation_fraction:
         drawn = episodes.where("episode_id", lambda name: _draw(name) < source.validation_fraction)
         if not np.logical_and.reduce([drawn, *kept.values()]).any():
-            raise ValueError(f"The validation_fraction {source.validation_fraction} of "
-                             f"{episodes.folder}, {len(episodes)} records, holds no episode out: "
-                             "raise it.")
+            raise UserError(f"The validation_fraction {source.validation_fraction} of "
+                            f"{episodes.folder}, {len(episodes)} records, holds no episode out: "
+                            "raise it.")
         kept["validation_fraction"] = drawn if held_out else ~drawn
     mask = np.logical_and.reduce(list(kept.values()))
     if not mask.any():
         counts = ", ".join(f"{name} keeps {passed.sum()}" for name, passed in kept.items())
-        raise ValueError(f"No episode of {episodes.folder} {split} is left: of {len(episodes)} "
-                         f"records {counts}.")
+        raise UserError(f"No episode of {episodes.folder} {split} is left: of {len(episodes)} "
+                        f"records {counts}.")
     return episodes.only(mask)
 
 
@@ -319,7 +320,7 @@ def statistics(config: DataConfig) -> dict[str, Normalizer]:
     of all datasets. Steps count once, whatever the weights are.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_source`, or a robot has other dimensions in another
+      UserError: as `open_source`, or a robot has other dimensions in another
         dataset.
     """
     return _statistics(config, [open_source(config, source) for source in config.sources])
@@ -361,7 +362,7 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
                     continue
                 found = episodes.names[column], episodes.units[column]
                 if names.setdefault(column, found) != found:
-                    raise ValueError(
+                    raise UserError(
                         f"Robot {robot!r} has {column} {names[column]} in one dataset and {found} "
                         f"in {episodes.folder}: give them different robot names."
                     )
@@ -381,7 +382,7 @@ def clip_spec(
     """The shape of the clips; reads no data: A and S are the config's when there is no normalizer.
 
     Raises:
-      ValueError: the config's A or S is smaller than a robot's.
+      UserError: the config's A or S is smaller than a robot's.
     """
     normalizers = normalizers or {}
     height, width = _sides(config.image_size)
@@ -411,10 +412,10 @@ def _clips(
         if bool(stored) != bool(config.latents):
             found = (f"latents, so data.latents must be {tuple(stored['latents'])}" if stored
                      else "images, so data.latents must be ()")
-            raise ValueError(f"{episodes.folder} holds {found}; it is {tuple(config.latents)}.")
+            raise UserError(f"{episodes.folder} holds {found}; it is {tuple(config.latents)}.")
         if stored and stored["layout"] != config.layout:
-            raise ValueError(f"{episodes.folder} holds latents of the layout {stored['layout']!r}, "
-                             f"data.layout is {config.layout!r}.")
+            raise UserError(f"{episodes.folder} holds latents of the layout {stored['layout']!r}, "
+                            f"data.layout is {config.layout!r}.")
     embeddings = TextEmbeddings(config.text_embeddings) if config.text_embeddings else None
     return {
         number: Clips(
@@ -439,7 +440,7 @@ def _size(wanted: int, column: str, normalizers: Mapping[str, Normalizer]) -> in
     stats = [getattr(normalizer, column) for normalizer in normalizers.values()]
     largest = max((len(s.names) for s in stats if s is not None), default=0)
     if 0 < wanted < largest:
-        raise ValueError(f"data.{column}_size is {wanted}, but a robot has {largest} dimensions.")
+        raise UserError(f"data.{column}_size is {wanted}, but a robot has {largest} dimensions.")
     return wanted or largest
 
 
@@ -455,7 +456,7 @@ def _batches(
     """Endless batches of one process, of batch_size / process_count examples each; `kept` as for
     `BatchReader`."""
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the {process_count} processes."
         )
     seeds = np.random.SeedSequence(seed).generate_state(len(clips))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxvp.errors import UserError
+
 MODES = ("min_max", "quantile")
 # A dimension that moves less than this, in its own unit, is constant: an arm that is not used.
 CONSTANT = 1e-6
@@ -40,18 +42,18 @@ class Stats:
                 object.__setattr__(self, field.name, value)
                 sizes[field.name] = len(value)
         if len(set(sizes.values())) != 1:
-            raise ValueError(f"Statistics must have one entry per dimension each, found {sizes}.")
+            raise UserError(f"Statistics must have one entry per dimension each, found {sizes}.")
 
     @classmethod
     def of(cls, values: np.ndarray, names: Sequence[str], units: Sequence[str]) -> "Stats":
         """Statistics of float[count, dimensions].
 
         Raises:
-          ValueError: there are no values, or one is not finite.
+          UserError: there are no values, or one is not finite.
         """
         values = np.asarray(values, np.float64)
         if not len(values) or not np.isfinite(values).all():
-            raise ValueError(f"Statistics of {names} need finite values, found {values.shape}.")
+            raise UserError(f"Statistics of {names} need finite values, found {values.shape}.")
         q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
         numbers = (values.min(0), values.max(0), values.mean(0), values.std(0), q01, q99)
         return cls(tuple(names), tuple(units), len(values), *(tuple(n.tolist()) for n in numbers))
@@ -82,14 +84,14 @@ class Normalizer:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"normalization must be one of {MODES}, found {self.mode!r}.")
+            raise UserError(f"normalization must be one of {MODES}, found {self.mode!r}.")
 
     def _bounds(self, column: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stats = getattr(self, column)
         if stats is None:
-            raise ValueError(f"There are no statistics of {column}: the data has none.")
+            raise UserError(f"There are no statistics of {column}: the data has none.")
         if np.shape(values)[-1] != len(stats.names):
-            raise ValueError(
+            raise UserError(
                 f"{column} must have {len(stats.names)} dimensions {stats.names}, "
                 f"found shape {np.shape(values)}."
             )
@@ -107,7 +109,7 @@ class Normalizer:
           states are not, since a policy should see that it is outside of its data.
 
         Raises:
-          ValueError: the column has no statistics, or another number of dimensions.
+          UserError: the column has no statistics, or another number of dimensions.
         """
         low, high = self._bounds(column, values)
         span = np.where(high > low, high - low, 1.0)
@@ -132,7 +134,7 @@ class Normalizer:
         """The inverse of `to_dict`.
 
         Raises:
-          KeyError, TypeError, ValueError: `values` is not what `to_dict` returns.
+          KeyError, TypeError, UserError: `values` is not what `to_dict` returns.
         """
         columns = {
             name: Stats(**values[name]) if values[name] else None for name in ("action", "state")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxvp.errors import UserError
+
 MISSING = 127  # Grey level of a view that is not there.
 
 
@@ -39,7 +41,7 @@ class Layout:
         """Camera to (top, left, height, width) in pixels of the canvas.
 
         Raises:
-          ValueError: a cell is not a whole number of pixels or not 1/k of the view.
+          UserError: a cell is not a whole number of pixels or not 1/k of the view.
         """
         boxes = {}
         for camera, cell in self.cells.items():
@@ -49,7 +51,7 @@ class Layout:
             if any(abs(a - b) > 1e-6 for a, b in zip(exact, box, strict=True)) or (
                 factors[0] != factors[1] or factors[0] != int(factors[0])
             ):
-                raise ValueError(
+                raise UserError(
                     f"Camera {camera} does not fit the canvas: cell {cell} of {height}x{width} "
                     f"pixels is {exact}. Choose an image_size that the layout divides."
                 )
@@ -83,12 +85,12 @@ def canvas(video, view_mask, layout: Layout):
       for uint8 are rounded half up, so that every backend gives the same picture.
 
     Raises:
-      ValueError: V is not the layout's, or the views do not fit its cells.
+      UserError: V is not the layout's, or the views do not fit its cells.
     """
     xp = video.__array_namespace__()
     views, height, width = video.shape[1], video.shape[3], video.shape[4]
     if views != len(layout.cells):
-        raise ValueError(f"The layout has cameras {layout.cameras}, found {views} views.")
+        raise UserError(f"The layout has cameras {layout.cameras}, found {views} views.")
     canvas_height, canvas_width = layout.canvas_size(height, width)
     parts = []
     for view, (top, left, cell_height, cell_width) in enumerate(

@@ -12,7 +12,6 @@ each does its share of the files. Text embeddings are made by jaxvp.data.text_em
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,20 +21,20 @@ import numpy as np
 import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
-from absl import app, flags, logging
+from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import config_flags
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jaxvp import command, distributed
 from jaxvp import config as config_lib
-from jaxvp import distributed
 from jaxvp import step as step_lib
 from jaxvp.data import array_record, augment, mixture, rlds
 from jaxvp.data.clips import Views
+from jaxvp.errors import UserError
 
 FEATURE = "steps/observation/latents"
 WORKERS = 8  # Threads that decode images.
@@ -53,7 +52,7 @@ class Encoder:
         """Reads the weights of the codec that `config.pretrained.codec` names.
 
         Raises:
-          ConfigError, ValueError, OSError: there are none, or they do not fit.
+          ConfigError, UserError, OSError: there are none, or they do not fit.
         """
         if config.data.latents:
             raise config_lib.ConfigError("config.data.latents is set: give the config of the "
@@ -64,8 +63,8 @@ class Encoder:
         self.shape, self._batch_size = method.latent_shape, batch_size
         mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
         if batch_size % mesh.size:
-            raise ValueError(f"--batch_size={batch_size} is not a multiple of the {mesh.size} "
-                             "devices of this process.")
+            raise UserError(f"--batch_size={batch_size} is not a multiple of the {mesh.size} "
+                            "devices of this process.")
         self._rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
         abstract = jax.eval_shape(method.video_codec.init, jax.random.key(0))
         path, params = config.pretrained.get("codec", ""), {}
@@ -114,20 +113,20 @@ def precompute(source: mixture.SourceConfig, encoder: Encoder, out: Path, stride
     """Writes one source with its latents; returns the folder of the dataset.
 
     Raises:
-      FileExistsError: it is there already, or an unfinished one has other settings.
-      ValueError, OSError: the source cannot be read.
+      UserError: it is there already, or an unfinished one has other settings.
+      UserError, OSError: the source cannot be read.
     """
     original = rlds.version_folder(source.path)
     final = out / original.name
     if final.exists():
-        raise FileExistsError(f"{final} exists already: choose another --out or delete it.")
+        raise UserError(f"{final} exists already: choose another --out or delete it.")
     folder = final.with_name(f"{final.name}.incomplete")
     views = [source.cameras.get(camera, camera) for camera in encoder.spec.cameras]
     settings = encoder.identity | {"stride": stride, "views": views}
     plan = folder / "plan.json"
     if plan.exists() and json.loads(plan.read_text()) != settings:
-        raise FileExistsError(f"{folder} is left from a run with other settings, see {plan}: "
-                              "repeat that run to finish it, or delete the folder.")
+        raise UserError(f"{folder} is left from a run with other settings, see {plan}: "
+                        "repeat that run to finish it, or delete the folder.")
     _together(f"start {final}")  # All have looked before one writes.
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +140,7 @@ def precompute(source: mixture.SourceConfig, encoder: Encoder, out: Path, stride
     for split in splits:
         episodes = rlds.Episodes(original, split.name)
         if episodes.damaged:
-            raise ValueError(f"{next(iter(episodes.damaged.values()))}: build the dataset again.")
+            raise UserError(f"{next(iter(episodes.damaged.values()))}: build the dataset again.")
         views = Views(episodes, encoder.spec, source.cameras)
         ends = np.cumsum(split.shard_lengths)
         for end, count, path in zip(ends, split.shard_lengths, split.filepaths, strict=True):
@@ -176,8 +175,8 @@ def _write(target: Path, records: range, views: Views, encoder: Encoder, setting
                 try:
                     views.fill(record, steps, start, arrays)
                 except rlds.BadRecord as error:
-                    raise ValueError(f"{episodes.name(record)}: {error}. Build the dataset "
-                                     "again.") from error
+                    raise UserError(f"{episodes.name(record)}: {error}. Build the dataset "
+                                    "again.") from error
                 return arrays
 
             starts = range(0, length, settings["stride"])
@@ -223,25 +222,17 @@ def _finish(folder: Path, final: Path, info, splits, shape):
     folder.rename(final)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    distributed.initialize()
-    with config_lib.one_line_errors():
-        write(flags.FLAGS)
-
-
 def write(settings):
     """What the command does with its flags."""
+    distributed.initialize()
     config = config_lib.build(step_lib.TrainConfig, settings.config, "config")
     if settings.stride < 1:
-        raise ValueError(f"--stride={settings.stride} must be at least 1.")
+        raise UserError(f"--stride={settings.stride} must be at least 1.")
     # Of DIR/NAME/VERSION and DIR/NAME alike, NAME.
     names = [rlds.version_folder(source.path).parent.name for source in config.data.sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Several sources are in folders named {', '.join(twice)}, and would "
-                         f"become one in --out={settings.out}: run the command for one at a time.")
+        raise UserError(f"Several sources are in folders named {', '.join(twice)}, and would "
+                        f"become one in --out={settings.out}: run the command for one at a time.")
     encoder = Encoder(config, settings.batch_size)
     console = rich.console.Console()
     for source, name in zip(config.data.sources, names, strict=True):
@@ -251,16 +242,13 @@ def write(settings):
 
 
 def run():
-    config_flags.DEFINE_config_file("config", None, "the run that the latents are for")
+    command.define_config("The run that the latents are for")
     flags.DEFINE_string("out", None, "folder of the datasets")
     flags.DEFINE_integer("stride", 4, "steps from one clip to the next")
     flags.DEFINE_integer("batch_size", 16, "clips that are encoded together")
-    flags.mark_flags_as_required(["config", "out"])
-    app.run(main, flags_parser=config_lib.parse_flags)
+    flags.mark_flag_as_required("out")
+    command.run(write, "repeat the command to continue with the files that are missing")
 
 
 if __name__ == "__main__":
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit("stopped: repeat the command to continue with the files that are missing")
+    run()

@@ -19,6 +19,7 @@ import rich.progress
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxvp.data import array_record, tf_example
+from jaxvp.errors import UserError
 
 VERSION = 3
 COLUMNS = {"action": "steps/action", "state": "steps/observation/state",
@@ -35,7 +36,7 @@ ROW = np.dtype([
     ("texts", [(name, "<u4") for name in TEXTS])])
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError):
     """A record, or a part of one, that cannot be read."""
 
 
@@ -113,7 +114,7 @@ def make(folder: Path, files: Sequence[Path], counts: Sequence[int], layout: Lay
     """Reads every record of `files`, which hold `counts` records, and writes the index.
 
     Raises:
-      ValueError: there are no readable records; a file cannot be read at all or has another number
+      UserError: there are no readable records; a file cannot be read at all or has another number
         of records; a record does not have the layout, or an action or state is not finite.
     """
     rows, damaged, spans_there = bytearray(), {}, 0
@@ -140,8 +141,8 @@ def make(folder: Path, files: Sequence[Path], counts: Sequence[int], layout: Lay
                 progress.advance(bar)
     if not rows:
         bad = f"; {next(iter(damaged.values()))}" if damaged else ""
-        raise ValueError(f"{title} has {number} records, none that can be read{bad}. Build it "
-                         "again.")
+        raise UserError(f"{title} has {number} records, none that can be read{bad}. Build it "
+                        "again.")
     table = np.frombuffer(rows, ROW)
     if compressed := int((table["position"] < 0).sum()):
         rich.get_console().print(
@@ -156,11 +157,11 @@ def _open(file: Path, count: int) -> ArrayRecordDataSource:
     try:
         source = ArrayRecordDataSource([file])
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is truncated or damaged ({error}): copy or build it again.") from error
     if len(source) != count:
-        raise ValueError(f"{file} has {len(source)} records, dataset_info.json says {count}: "
-                         "the files are of different builds.")
+        raise UserError(f"{file} has {len(source)} records, dataset_info.json says {count}: "
+                        "the files are of different builds.")
     return source
 
 
@@ -183,19 +184,19 @@ def _entry(source: ArrayRecordDataSource, file: Path, inside: int, position: int
         columns |= {key: example.floats(COLUMNS[key]) for key in layout.widths}
         lists = [example.elements(f"steps/observation/{key}") for key in layout.lists]
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{name} is not RLDS as jaxvp writes it: {error!r}.") from error
+        raise UserError(f"{name} is not RLDS as jaxvp writes it: {error!r}.") from error
     for key, width in layout.widths.items():
         values = np.frombuffer(data[slice(*columns[key])], "<f4")
         if len(values) != length * width:
-            raise ValueError(f"{name}: {key} has {len(values)} numbers for {length} steps of "
-                             f"{width}.")
+            raise UserError(f"{name}: {key} has {len(values)} numbers for {length} steps of "
+                            f"{width}.")
         if not np.isfinite(values).all():
             step = int(np.flatnonzero(~np.isfinite(values))[0]) // width
-            raise ValueError(f"{name}: {key} of step {step} is {values[step * width:][:width]}, "
-                             "which is not finite. Build the dataset again without this episode.")
+            raise UserError(f"{name}: {key} of step {step} is {values[step * width:][:width]}, "
+                            "which is not finite. Build the dataset again without this episode.")
     if wrong := {key: len(elements) for key, elements in zip(layout.lists, lists, strict=True)
                  if len(elements) != length}:
-        raise ValueError(f"{name}: {length} steps but images {wrong}.")
+        raise UserError(f"{name}: {length} steps but images {wrong}.")
     row["length"], row["position"] = length, position
     if position >= 0:  # What lies there is another record where a header is damaged.
         there = array_record.Value(file, position)

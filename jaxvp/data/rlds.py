@@ -28,10 +28,15 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxvp.data import array_record, record_index, tf_example
 from jaxvp.data.record_index import SPAN, BadRecord, Index, Layout
+from jaxvp.errors import UserError
 
 
 class BadImage(BadRecord):
     """An image that cannot be decoded."""
+
+
+class NoDataset(UserError):
+    """There is no dataset at a path, or it is not finished."""
 
 
 class Encoded(Sequence):
@@ -115,26 +120,26 @@ def version_folder(path: str | os.PathLike) -> Path:
     """The TFDS version folder: `path` itself, or the only one inside it.
 
     Raises:
-      FileNotFoundError: there is no dataset, or it is not finished.
-      ValueError: there are several versions.
+      NoDataset: there is no dataset, or it is not finished.
+      UserError: there are several versions.
     """
     path = Path(path).expanduser()
     if (path / "dataset_info.json").exists():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise NoDataset(
             f"No dataset at {path}: the folder does not exist. Build one with "
             "`python -m data_builders.build NAME --out=DIR` or correct the path."
         )
     versions = sorted(file.parent for file in path.glob("*/dataset_info.json"))
     if len(versions) > 1:
         names = ", ".join(folder.name for folder in versions)
-        raise ValueError(f"{path} holds several versions ({names}): name one in the path.")
+        raise UserError(f"{path} holds several versions ({names}): name one in the path.")
     if not versions:
         unfinished = [folder.name for folder in path.glob("*.incomplete")]
         found = f"an unfinished build ({unfinished[0]}): repeat its command" if unfinished else None
         found = found or f"only {sorted(file.name for file in path.iterdir())[:5]}"
-        raise FileNotFoundError(
+        raise NoDataset(
             f"No dataset at {path}: expected dataset_info.json there or one folder below, "
             f"found {found}."
         )
@@ -243,17 +248,17 @@ class Episodes:
         """Opens the dataset at `path`; keeps up to `cache_bytes` of compressed records in memory.
 
         Raises:
-          FileNotFoundError: the dataset or one of its files is absent.
-          ValueError: the split is absent or has no readable records, the format is not ArrayRecord
+          UserError: the dataset or one of its files is absent.
+          UserError: the split is absent or has no readable records, the format is not ArrayRecord
             in jaxvp's RLDS layout, a file is damaged as a whole, or an action or state is not
             finite.
         """
         self.folder, self.split = version_folder(path), split
         info = tfds.builder_from_directory(self.folder).info
         if split not in info.splits:
-            raise ValueError(f"{self.folder} has no split {split!r}, but {sorted(info.splits)}.")
+            raise UserError(f"{self.folder} has no split {split!r}, but {sorted(info.splits)}.")
         if info.file_format.value != "array_record":
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} is {info.file_format.value}: random access needs array_record. "
                 "Convert it: copy its records into ArrayRecord files, they need no re-encoding."
             )
@@ -365,7 +370,7 @@ class Episodes:
             for name in (*record_index.TEXTS, "offset", "fps", "has_action"):
                 features["episode_metadata"][name]
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}/features.json lacks {error}: it is not RLDS as jaxvp writes it. "
                 "Convert the raw data with `python -m data_builders.build`."
             ) from error
@@ -394,7 +399,7 @@ class Episodes:
                 continue
             seen.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
         if absent:
-            raise FileNotFoundError(f"{self.folder} lacks {len(absent)} files: {absent[0]}, ...")
+            raise UserError(f"{self.folder} lacks {len(absent)} files: {absent[0]}, ...")
         name = f"digest-{self.split}-{seen.hexdigest()[:16]}"
         folder = cached(self.folder, name,
                         lambda folder: (folder / "digest").write_text(self._hash()))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvp.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -24,11 +26,11 @@ class ByteTokenizer:
         """`text` as int32[M], padded with 0.
 
         Raises:
-          ValueError: the text has more than M bytes; a text that is cut may be another task.
+          UserError: the text has more than M bytes; a text that is cut may be another task.
         """
         data = text.encode("utf-8")
         if len(data) > self.length:
-            raise ValueError(
+            raise UserError(
                 f"The text has {len(data)} bytes, text_length is {self.length}: raise text_length. "
                 f"The text: {text!r}."
             )
@@ -40,11 +42,11 @@ class ByteTokenizer:
         """The text of int32[M] tokens: the inverse of `encode`.
 
         Raises:
-          ValueError: a token is outside 0..256, or the bytes are not UTF-8.
+          UserError: a token is outside 0..256, or the bytes are not UTF-8.
         """
         tokens = np.asarray(tokens)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= 256:
-            raise ValueError(f"Tokens must be in 0..256, found {tokens.min()}..{tokens.max()}.")
+            raise UserError(f"Tokens must be in 0..256, found {tokens.min()}..{tokens.max()}.")
         return bytes((tokens[tokens > 0] - 1).astype(np.uint8)).decode("utf-8")
 
 
@@ -57,7 +59,7 @@ class SentencePieceTokenizer:
       length: M, the number of tokens of every text, </s> included.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, or it is no model of T5's kind.
+      UserError: there is no such file, or it is no model of T5's kind.
     """
 
     path: str | Path
@@ -71,18 +73,18 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece  # Only those who have Wan's text encoder need it.
         except ImportError as error:
-            raise ImportError(f"{self.path} needs `pip install jaxvp[wan]`: {error}.") from error
+            raise UserError(f"{self.path} needs `pip install jaxvp[wan]`: {error}.") from error
         if not Path(self.path).is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"No tokenizer at {self.path}: it is the file spiece.model of google/umt5-xxl, "
                 "also in the `tokenizer` folder of Wan's releases.")
         model = sentencepiece.SentencePieceProcessor()
         try:
             model.LoadFromFile(str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path} is not a sentencepiece model: {error}.") from error
+            raise UserError(f"{self.path} is not a sentencepiece model: {error}.") from error
         if (model.pad_id(), model.eos_id()) != (0, 1):
-            raise ValueError(
+            raise UserError(
                 f"{self.path} pads with {model.pad_id()} and ends with {model.eos_id()}; T5's "
                 "tokenizers pad with 0 and end with 1: take spiece.model of google/umt5-xxl.")
         return model
@@ -95,11 +97,11 @@ class SentencePieceTokenizer:
         """`text` as int32[M], padded with 0.
 
         Raises:
-          ValueError: the text has more than M tokens; a text that is cut may be another task.
+          UserError: the text has more than M tokens; a text that is cut may be another task.
         """
         pieces = [*self._model.encode(clean(text)), 1]
         if len(pieces) > self.length:
-            raise ValueError(
+            raise UserError(
                 f"The text has {len(pieces)} tokens, the tokenizer's length is {self.length}: "
                 f"shorten it. The text: {text!r}.")
         tokens = np.zeros(self.length, np.int32)

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import rich.console
 import rich.progress
 
 from jaxvp.data import observation
+from jaxvp.errors import UserError, one_line_errors
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -48,13 +48,13 @@ class TextEmbeddings:
         """Opens `folder`, reading headers only.
 
         Raises:
-          FileNotFoundError: it holds no embeddings.
-          ValueError: a file is damaged.
+          UserError: it holds no embeddings.
+          UserError: a file is damaged.
         """
         self.folder = Path(folder)
         path = self.folder / "index.json"
         if not path.exists():
-            raise FileNotFoundError(
+            raise UserError(
                 f"No text embeddings at {folder}: there is no index.json. Make them with "
                 f"`{COMMAND.format(folder=folder)}`.")
         index = json.loads(path.read_text())
@@ -72,17 +72,17 @@ class TextEmbeddings:
         """The embedding of `text`, bfloat16[length, D], as Wan wants it: zeros after its tokens.
 
         Raises:
-          ValueError: the text has not been embedded, or has more than `length` tokens.
+          UserError: the text has not been embedded, or has more than `length` tokens.
         """
         tensor = self._tensors.get(_key(text))
         if tensor is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has no embedding of the text {text!r}: add the texts of its "
                 f"dataset with `{COMMAND.format(folder=self.folder)}`.")
         tokens = tensor.shape[0]
         if tokens > length:
-            raise ValueError(f"The text has {tokens} tokens, text_length is {length}: raise "
-                             f"text_length. The text: {text!r}.")
+            raise UserError(f"The text has {tokens} tokens, text_length is {length}: raise "
+                            f"text_length. The text: {text!r}.")
         result = np.zeros((length, self.width), ml_dtypes.bfloat16)
         result[:tokens] = tensor[()]
         return result
@@ -116,7 +116,7 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
       How many were missing.
 
     Raises:
-      ValueError: the folder's embeddings are another encoder's.
+      UserError: the folder's embeddings are another encoder's.
     """
     folder = Path(folder)
     path = folder / "index.json"
@@ -124,7 +124,7 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
     if path.exists():
         index = json.loads(path.read_text())
         if index["encoder"] != encoder:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds embeddings of the encoder {index['encoder']}, these weights and "
                 f"this tokenizer are {encoder}: choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,9 +234,5 @@ def run(arguments: Sequence[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("repeat the command to continue with the texts that are missing"):
         run()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: repeat the command to continue with the texts that are missing")

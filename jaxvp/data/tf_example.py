@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+from jaxvp.errors import UserError
+
 
 class Example:
     """A serialised Example; its methods take the name of a feature, and give (start, end) pairs."""
 
     def __init__(self, data: bytes):
-        """Raises ValueError when the data is no serialised Example."""
+        """Raises UserError when the data is no serialised Example."""
         self.data = data
         self._lists = {}
         for _, *features in _fields(data, 0, len(data)):
@@ -35,11 +37,11 @@ class Example:
         """Where a list of numbers lies, little-endian float32.
 
         Raises:
-          ValueError: they do not lie together.
+          UserError: they do not lie together.
         """
         spans = self.elements(name) or [(0, 0)]
         if len(spans) > 1:
-            raise ValueError(f"{name} is not packed")
+            raise UserError(f"{name} is not packed")
         return spans[0]
 
     def integer(self, name: str) -> int:
@@ -66,7 +68,7 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]
         tag, start = _varint(data, start)
         size, start = _varint(data, start)
         if tag & 7 != 2 or start + size > end:
-            raise ValueError("not a serialised tf.train.Example")
+            raise UserError("not a serialised tf.train.Example")
         yield tag >> 3, start, start + size
         start += size
 
@@ -80,4 +82,4 @@ def _varint(data: bytes, start: int) -> tuple[int, int]:
         if byte < 128:
             return value, position + 1
         shift += 7
-    raise ValueError("not a serialised tf.train.Example")
+    raise UserError("not a serialised tf.train.Example")

@@ -9,6 +9,8 @@ are the same with t = 1 - sigma and the velocity's sign turned.
 import jax
 import jax.numpy as jnp
 
+from jaxvp.errors import UserError
+
 
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     """x_sigma; `sigma` float32 in [0, 1], broadcast from the left over `data`."""
@@ -39,7 +41,7 @@ def sample_sigma(key: jax.Array, shape: tuple[int, ...], distribution: str,
         return shifted_uniform(key, shape, shift)
     if distribution == "logit_normal":
         return shift_sigma(logit_normal(key, shape), shift)
-    raise ValueError(f"sigma distribution {distribution!r}: expected 'uniform' or 'logit_normal'")
+    raise UserError(f"sigma distribution {distribution!r}: expected 'uniform' or 'logit_normal'")
 
 
 def velocity_from_data(noisy: jax.Array, data: jax.Array, sigma: jax.Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvp.diffusion.flow_matching import shift_sigma
+from jaxvp.errors import UserError
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, sigma scalar) -> like x; pytrees too
 
@@ -21,10 +22,10 @@ def sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     The flow schedule of diffusers' UniPCMultistepScheduler: evenly spaced towards 1/1000, then 0.
 
     Raises:
-      ValueError: there is no step to make.
+      UserError: there is no step to make.
     """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, got {steps}")
+        raise UserError(f"a sampler needs at least one step, got {steps}")
     levels = shift_sigma(np.linspace(1.0, 1e-3, steps + 1)[:-1], shift)
     return np.append(levels, 0.0).astype(np.float32)
 

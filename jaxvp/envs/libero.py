@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvp import unpickle
+from jaxvp.errors import UserError
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # Ours to LIBERO's.
@@ -85,7 +86,7 @@ def package() -> Path:
             found = metadata.version(name)
         if not re.match(pattern, found):
             wanted = pattern.replace("\\", "")
-            raise RuntimeError(
+            raise UserError(
                 f"LIBERO needs {name} {wanted}*, found {found} installed. Run: {INSTALL}"
             )
     return Path(metadata.distribution("hf-libero").locate_file("libero/libero"))
@@ -102,19 +103,19 @@ def setup(assets: str | Path | None = None) -> Path:
 
     Raises:
       RuntimeError: see `package`, or OSMesa is missing.
-      FileNotFoundError: `assets` is not the folder of LIBERO's assets.
+      UserError: `assets` is not the folder of LIBERO's assets.
     """
     root = package()
     assets = Path(assets or root / "assets").resolve()
     if missing := [name for name in ASSETS if not (assets / name).is_dir()]:
-        raise FileNotFoundError(
+        raise UserError(
             f"{assets} must hold LIBERO's assets; it has no {', '.join(missing)}. Download the "
             "dataset lerobot/libero-assets from huggingface.co and pass --libero_assets=DIR."
         )
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "osmesa")
         if os.environ["MUJOCO_GL"] == "osmesa" and not ctypes.util.find_library("OSMesa"):
-            raise RuntimeError(
+            raise UserError(
                 "MUJOCO_GL=osmesa renders with libOSMesa, which is not installed. "
                 "Run: apt-get install libosmesa6; or set MUJOCO_GL=egl to render on a GPU."
             )
@@ -143,11 +144,11 @@ def tasks(suite: str) -> tuple[str, ...]:
     """The names of a suite's tasks, in the benchmark's order.
 
     Raises:
-      ValueError: there is no such suite.
+      UserError: there is no such suite.
       RuntimeError: see `package`.
     """
     if suite not in SUITES:
-        raise ValueError(f"No LIBERO suite {suite!r}; there are {', '.join(SUITES)}.")
+        raise UserError(f"No LIBERO suite {suite!r}; there are {', '.join(SUITES)}.")
     path = package() / "benchmark" / "libero_suite_task_map.py"  # Its package imports torch.
     return tuple(runpy.run_path(str(path))["libero_task_map"][suite])
 
@@ -167,16 +168,16 @@ def read_init_states(path: Path) -> np.ndarray:
     Such a file is what torch.save makes of an array: a zip with a pickle of the array.
 
     Raises:
-      ValueError: the file holds something else, or its pickle asks for code that is not allowed.
+      UserError: the file holds something else, or its pickle asks for code that is not allowed.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             states = unpickle.load(archive.open(*names or ["data.pkl"]))
     except (zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not hold initial states: {error}.") from error
+        raise UserError(f"{path} does not hold initial states: {error}.") from error
     if not isinstance(states, np.ndarray) or states.dtype != np.float64 or states.ndim != 2:
-        raise ValueError(f"{path} must hold a float64 matrix, found {type(states)}.")
+        raise UserError(f"{path} must hold a float64 matrix, found {type(states)}.")
     return states
 
 
@@ -184,14 +185,14 @@ def init_states(suite: str, task: str) -> np.ndarray:
     """The official initial states float64[50, 1 + nq + nv] of a task.
 
     Raises:
-      ValueError: no such suite or task, or see `read_init_states`.
+      UserError: no such suite or task, or see `read_init_states`.
     """
     return read_init_states(_task_file(suite, task, "init_files", ".pruned_init"))
 
 
 def _task_file(suite: str, task: str, folder: str, suffix: str) -> Path:
     if task not in tasks(suite):
-        raise ValueError(f"{suite} has no task {task!r}; it has {', '.join(tasks(suite))}.")
+        raise UserError(f"{suite} has no task {task!r}; it has {', '.join(tasks(suite))}.")
     return package() / folder / suite / (task + suffix)
 
 
@@ -243,8 +244,8 @@ class LiberoEnv:
       assets: see `setup`.
 
     Raises:
-      ValueError: no such suite, task or rotation.
-      RuntimeError, FileNotFoundError: see `setup`.
+      UserError: no such suite, task or rotation.
+      RuntimeError, UserError: see `setup`.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class LiberoEnv:
         assets: str | Path | None = None,
     ):
         if rotation not in ROTATIONS:
-            raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, found {rotation!r}.")
+            raise UserError(f"rotation must be one of {', '.join(ROTATIONS)}, found {rotation!r}.")
         bddl = _task_file(suite, task, "bddl_files", ".bddl")
         setup(assets)
         from libero.libero.envs import OffScreenRenderEnv
@@ -285,12 +286,12 @@ class LiberoEnv:
         """Sets a recorded state in the present scene.
 
         Raises:
-          ValueError: `state` is not of this task.
+          UserError: `state` is not of this task.
         """
         model = self._env.sim.model
         if np.shape(state) != (1 + model.nq + model.nv,):
             expected = f"[time, {model.nq} qpos, {model.nv} qvel]"
-            raise ValueError(f"A state is {expected} here, found shape {np.shape(state)}.")
+            raise UserError(f"A state is {expected} here, found shape {np.shape(state)}.")
         self._env.sim.set_state_from_flattened(state)
         self._env.sim.forward()
         self._env._check_success()  # As LIBERO does it: some objects' states are kept by this.
@@ -304,11 +305,11 @@ class LiberoEnv:
           The observation and whether the task's predicate holds.
 
         Raises:
-          ValueError: `action` is not float[7] or not finite.
+          UserError: `action` is not float[7] or not finite.
         """
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"An action is 7 finite numbers, found {action}.")
+            raise UserError(f"An action is 7 finite numbers, found {action}.")
         success = self._env.step(to_libero(action))[2]
         return self._observation(), bool(success)
 
@@ -352,11 +353,11 @@ def column(group, key: str) -> np.ndarray:
     """The data set `key` of an HDF5 group.
 
     Raises:
-      ValueError: it is not there.
+      UserError: it is not there.
     """
     if key not in group:
         found = ", ".join(group.get(os.path.dirname(key)) or group) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{group.file.filename}: {group.name}/{key} is missing, found {found}. "
             "Expected a file of LIBERO's demonstrations."
         )
@@ -370,11 +371,11 @@ def demonstration(group) -> tuple[np.ndarray, np.ndarray]:
       States float64[T, 1 + nq + nv] and actions float32[T, 7]; each state precedes its action.
 
     Raises:
-      ValueError: states or actions are missing, or not as many as the others.
+      UserError: states or actions are missing, or not as many as the others.
     """
     states, actions = column(group, "states"), column(group, "actions")
     if len(states) != len(actions) or actions.shape[1:] != (7,):
-        raise ValueError(
+        raise UserError(
             f"{group.file.filename}: {group.name} must have as many states as actions of 7 "
             f"numbers, found {list(states.shape)} and {list(actions.shape)}."
         )
@@ -385,9 +386,9 @@ def demonstration_names(file) -> list[str]:
     """The keys demo_0, demo_1, ... of an open HDF5 file, in order of their numbers.
 
     Raises:
-      ValueError: there is no `data` group with demonstrations.
+      UserError: there is no `data` group with demonstrations.
     """
     found = [re.fullmatch(r"demo_(\d+)", name) for name in file.get("data", ())]
     if not any(found):
-        raise ValueError(f"{file.filename}: the group data/demo_0 is missing.")
+        raise UserError(f"{file.filename}: the group data/demo_0 is missing.")
     return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]

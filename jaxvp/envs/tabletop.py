@@ -14,6 +14,7 @@ from jaxvp.envs import tabletop_tasks as tasks
 from jaxvp.envs.tabletop_render import BACKGROUNDS, CAMERAS
 from jaxvp.envs.tabletop_tasks import CORE_TASKS, DISTRACTORS, SEEN_TASKS, UNSEEN_TASKS, Task
 from jaxvp.envs.tabletop_world import HIGH, LOW, MAX_MOVE
+from jaxvp.errors import UserError
 
 __all__ = [
     "ACTION_NAMES",
@@ -46,7 +47,7 @@ def _choose(what, name, options):
     if name not in options:
         close = difflib.get_close_matches(str(name), options, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{what} {name!r} does not exist: {hint}choose from {', '.join(options)}")
+        raise UserError(f"{what} {name!r} does not exist: {hint}choose from {', '.join(options)}")
     return options[name]
 
 
@@ -90,7 +91,7 @@ class TabletopEnv(gymnasium.Env):
         _choose("distractors", distractors, DISTRACTORS)
         _choose("render mode", render_mode, {"rgb_array": None})
         if image_size < 16:
-            raise ValueError(f"image_size must be at least 16 pixels, found {image_size}")
+            raise UserError(f"image_size must be at least 16 pixels, found {image_size}")
         self.image_size = image_size
         self.distractors = distractors
         self.max_steps = max_steps
@@ -116,7 +117,7 @@ class TabletopEnv(gymnasium.Env):
         return self._observe(), self._info()
 
     def step(self, action):
-        """-> (observation, reward, terminated, truncated, info). Raises ValueError for an action
+        """-> (observation, reward, terminated, truncated, info). Raises UserError for an action
         that is not 8 finite numbers."""
         self._advance(action)
         info = self._info()
@@ -150,7 +151,7 @@ class TabletopEnv(gymnasium.Env):
         action = np.asarray(action, np.float64)
         if action.shape != (8,) or not np.isfinite(action).all():
             names = ", ".join(ACTION_NAMES)
-            raise ValueError(f"an action must be 8 finite numbers ({names}), found {action}")
+            raise UserError(f"an action must be 8 finite numbers ({names}), found {action}")
         self.before = self._snapshot()
         noise = self.np_random.normal(size=(2, 3)) * self.disturbance
         self.world.advance(action.reshape(2, 4), noise)

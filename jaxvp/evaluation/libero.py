@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
 
 MAX_STEPS = dict(zip(libero.SUITES, (220, 280, 300, 520, 400), strict=True))
@@ -32,8 +33,8 @@ class LiberoSuite:
       rotation: a key of `libero.ROTATIONS`; as in the training data. The protocol's is "180".
 
     Raises:
-      ValueError: no such suite.
-      RuntimeError, FileNotFoundError: see `libero.setup`.
+      UserError: no such suite.
+      RuntimeError, UserError: see `libero.setup`.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class LiberoSuite:
         """The simulator of one task.
 
         Raises:
-          ValueError: the suite has no such task.
+          UserError: the suite has no such task.
         """
         return LiberoTask(self.protocol, task, self._assets)
 
@@ -84,21 +85,21 @@ class LiberoSuite:
         """The first `count` demonstrations of a task.
 
         Raises:
-          FileNotFoundError, ValueError: there are none, or fewer.
+          UserError: there are none, or fewer.
         """
         flag = "--libero_demos=DIR"
         if not self._demonstrations:
-            raise ValueError(f"{flag} is missing: a folder of <suite>/<task>_demo.hdf5.")
+            raise UserError(f"{flag} is missing: a folder of <suite>/<task>_demo.hdf5.")
         path = Path(self._demonstrations, self.protocol.suite, f"{task}_demo.hdf5")
         if not path.exists():
-            raise FileNotFoundError(
+            raise UserError(
                 f"{path} does not exist; {flag} holds <suite>/<task>_demo.hdf5."
             )
         found = []
         with h5py.File(path) as file:
             names = libero.demonstration_names(file)
             if len(names) < count:
-                raise ValueError(f"{path} has {len(names)} demonstrations, not {count}.")
+                raise UserError(f"{path} has {len(names)} demonstrations, not {count}.")
             for name in names[:count]:
                 states, actions = libero.demonstration(file["data"][name])
                 found.append(Demonstration(f"{path.name}:data/{name}", states[0], actions))
@@ -122,10 +123,10 @@ class LiberoTask:
         """Starts from the official initial state `trial` and waits until the objects are at rest.
 
         Raises:
-          ValueError: there is no such initial state.
+          UserError: there is no such initial state.
         """
         if not 0 <= trial < len(self._states):
-            raise ValueError(f"LIBERO has trials 0 to {len(self._states) - 1}, asked for {trial}.")
+            raise UserError(f"LIBERO has trials 0 to {len(self._states) - 1}, asked for {trial}.")
         observation = self._env.reset(self._states[trial])
         for _ in range(self._protocol.wait_steps):
             observation, _ = self._env.step(libero.REST)

@@ -124,5 +124,5 @@ class Suite(typing.Protocol):
         """The first `count` demonstrations, for `--policy=replay`.
 
         Raises:
-          FileNotFoundError, ValueError: there are none or fewer; the message says what to pass.
+          UserError: there are none or fewer; the message says what to pass.
         """

@@ -29,7 +29,7 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     and for rates of 0 and 1.
 
     Raises:
-      ValueError: not 0 <= successes <= trials, or no trials.
+      UserError: not 0 <= successes <= trials, or no trials.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"An interval needs 0 <= successes <= trials, found {successes}/{trials}.")

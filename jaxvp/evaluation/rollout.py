@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxvp.data.observation import LAYOUTS, Layout, canvas
+from jaxvp.errors import UserError
 from jaxvp.evaluation.protocol import Observation, Protocol, SimEnv, Suite
 
 # Frames per second of recorded videos, at most: enough to see why an episode failed.
@@ -71,12 +72,12 @@ def video_layout(protocol: Protocol) -> Layout:
     """The layout that shows all cameras of a protocol.
 
     Raises:
-      ValueError: there is none.
+      UserError: there is none.
     """
     for layout in LAYOUTS.values():
         if layout.cameras == protocol.cameras:
             return layout
-    raise ValueError(
+    raise UserError(
         f"No layout has the cameras {protocol.cameras} of {protocol.suite}: add it to "
         "jaxvp.data.observation.LAYOUTS."
     )

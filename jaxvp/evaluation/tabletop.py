@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxvp.envs import tabletop
 from jaxvp.envs.tabletop_world import HIGH, LOW
+from jaxvp.errors import UserError
 from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
 
 # Trial i is the episode of seed FIRST_SEED + i. Training data has seeds from 1,000,000 on.
@@ -40,12 +41,12 @@ class TabletopSuite:
       image_size: height and width of every camera, in pixels; best as in the training data.
 
     Raises:
-      ValueError: there is no such suite.
+      UserError: there is no such suite.
     """
 
     def __init__(self, name: str, image_size: int = 64):
         if name not in SUITES:
-            raise ValueError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")
+            raise UserError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")
         self._conditions = SUITES[name]
         env = self._env(self._conditions.tasks[0], image_size)
         self.protocol = Protocol(

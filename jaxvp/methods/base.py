@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 
 from jaxvp.data.clips import ClipSpec
+from jaxvp.errors import UserError
 
 REGISTRY = {"video_policy": ("jaxvp.methods.video_policy", "VideoPolicy")}
 
@@ -31,7 +32,7 @@ class Method(Protocol):
         """Pretrained weights of `params[part]`, which `abstract` has the shapes and places of, and
         a report of what was found.
 
-        Raises ValueError for a part of which there are none.
+        Raises UserError for a part of which there are none.
         """
 
     def frozen(self, stage: str) -> tuple[str, ...]:
@@ -56,6 +57,6 @@ def get(name: str) -> type:
     if name not in REGISTRY:
         near = difflib.get_close_matches(str(name), REGISTRY, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"config.method.name={name!r}: known methods {sorted(REGISTRY)}{hint}")
+        raise UserError(f"config.method.name={name!r}: known methods {sorted(REGISTRY)}{hint}")
     module, attribute = REGISTRY[name]
     return getattr(importlib.import_module(module), attribute)

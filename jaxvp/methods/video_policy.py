@@ -20,6 +20,7 @@ from jaxvp.data.observation import LAYOUTS, canvas
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.diffusion import flow_matching as flow
 from jaxvp.diffusion.samplers import SAMPLERS, guided, sigmas
+from jaxvp.errors import UserError
 from jaxvp.models.action_head import ActionHead
 from jaxvp.models.autoencoder import Codec, PixelCodec
 from jaxvp.models.text_encoder import ByteTextEncoder
@@ -88,11 +89,11 @@ class VideoPolicy:
                                      ("features", self.features, ("shared", "noise")),
                                      ("sampler", self.sampler, tuple(SAMPLERS))):
             if value not in choices:
-                raise ValueError(f"config.method.{name}={value!r}: expected one of {choices}")
+                raise UserError(f"config.method.{name}={value!r}: expected one of {choices}")
         _ = self.grid, self.action_head  # wrong sizes fail here, not on the device
         if (stored := tuple(self.spec.latents)) not in ((), self.latent_shape):
-            raise ValueError(f"config.data.latents={stored}: clips of this size have "
-                             f"latents of {self.latent_shape}")
+            raise UserError(f"config.data.latents={stored}: clips of this size have "
+                            f"latents of {self.latent_shape}")
 
     # Parts.
 
@@ -101,7 +102,7 @@ class VideoPolicy:
         options = dict(self.codec)
         name = options.pop("name", None)
         if name not in CODECS:
-            raise ValueError(f"config.method.codec.name={name!r}: expected one of {tuple(CODECS)}")
+            raise UserError(f"config.method.codec.name={name!r}: expected one of {tuple(CODECS)}")
         return build(CODECS[name], options, "config.method.codec")
 
     @functools.cached_property
@@ -147,7 +148,7 @@ class VideoPolicy:
 
     def frozen(self, stage: str) -> tuple[str, ...]:
         if stage not in self.stages:
-            raise ValueError(f"config.stage={stage!r}: video_policy has stages {self.stages}")
+            raise UserError(f"config.stage={stage!r}: video_policy has stages {self.stages}")
         frozen = {"video": {"action"}, "action": {"video", "text"}, "joint": set()}[stage]
         frozen |= {"codec", "text"} if self.spec.text_width else {"codec"}
         parts = jax.eval_shape(self.init, jax.random.key(0))
@@ -163,9 +164,9 @@ class VideoPolicy:
             empty = TextEmbeddings(path).lookup("", len(leaf)).astype(leaf.dtype)
             return {"empty": jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, empty.__getitem__)}, "the empty text"
-        raise ValueError(f"config.pretrained.{part}: there are weights of 'video', of 'codec' "
-                         "where that is 'wan', and of 'text' (the folder of text embeddings) where "
-                         "texts are embedded.")
+        raise UserError(f"config.pretrained.{part}: there are weights of 'video', of 'codec' "
+                        "where that is 'wan', and of 'text' (the folder of text embeddings) where "
+                        "texts are embedded.")
 
     def loss(self, params, clip, keys, stage):
         noise_keys, sigma_keys, text_keys, action_keys = _split(keys, 4)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxvp import sharding
+from jaxvp.errors import UserError
 from jaxvp.models.module import Linear
 
 # `chunked` computes so many scores at a time, of at most so many keys: on two CPU cores a step of
@@ -126,12 +127,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto
       [B, N, K, E], of the dtype of q.
 
     Raises:
-      ValueError: no such implementation, or not on these devices; `context` is given and the
+      UserError: no such implementation, or not on these devices; `context` is given and the
         mesh's axes do not divide the heads or the tokens.
     """
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={implementation!r}: choose from "
-                         f"{['auto', *IMPLEMENTATIONS]}.")
+        raise UserError(f"attention={implementation!r}: choose from "
+                        f"{['auto', *IMPLEMENTATIONS]}.")
     batch, over, heads = sharding.present(sharding.BATCH, context and "context", "tensor")
     if not (batch or over or heads):
         return _local(implementation, q, k, v)
@@ -293,11 +294,11 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _cudnn(q, k, v):
     """cuDNN's fused attention: 16-bit floats, E a multiple of 8 up to 128 (256 on Hopper)."""
     if platform() != "gpu":
-        raise ValueError(f"attention='cudnn' needs a GPU and the devices are of platform "
-                         f"{platform()!r}: choose 'auto', 'xla' or 'chunked'.")
+        raise UserError(f"attention='cudnn' needs a GPU and the devices are of platform "
+                        f"{platform()!r}: choose 'auto', 'xla' or 'chunked'.")
     if q.dtype.itemsize != 2:
-        raise ValueError(f"attention='cudnn' needs bfloat16 or float16 and got {q.dtype}: choose "
-                         "dtype bfloat16 or attention 'auto', 'xla' or 'chunked'.")
+        raise UserError(f"attention='cudnn' needs bfloat16 or float16 and got {q.dtype}: choose "
+                        "dtype bfloat16 or attention 'auto', 'xla' or 'chunked'.")
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return checkpoint_name(out, "attention")
 
@@ -310,8 +311,8 @@ def _splash(q, k, v):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
     if platform() == "gpu":
-        raise ValueError("attention='splash' needs a TPU and the devices are of platform 'gpu': "
-                         "choose 'auto', 'cudnn', 'xla' or 'chunked'.")
+        raise UserError("attention='splash' needs a TPU and the devices are of platform 'gpu': "
+                        "choose 'auto', 'cudnn', 'xla' or 'chunked'.")
     (queries, heads, width), keys = q.shape[1:], k.shape[1]
     block_q, block_kv = _block(queries), _block(keys)
     q = (q.astype(jnp.float32) / math.sqrt(width)).astype(q.dtype)
@@ -403,5 +404,5 @@ def _check_divides(what: str, number: int, axis: str, parts: int):
     if number % parts:
         nearest = min((n for n in range(1, number + 1) if number % n == 0),
                       key=lambda n: abs(math.log(n / parts)))
-        raise ValueError(f"{number} {what} do not divide by {axis}={parts} of the mesh. Nearest "
-                         f"that does: {axis}={nearest}.")
+        raise UserError(f"{number} {what} do not divide by {axis}={parts} of the mesh. Nearest "
+                        f"that does: {axis}={nearest}.")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jaxvp.errors import UserError
+
 
 class Codec(Protocol):
     """What turns video into latents. Stateless: parameters, if any, are an argument.
@@ -24,7 +26,7 @@ class Codec(Protocol):
         """(t, h, w, c) of a video of `frames` x `height` x `width` pixels.
 
         Raises:
-          ValueError: a size that the codec cannot encode; names the nearest that it can.
+          UserError: a size that the codec cannot encode; names the nearest that it can.
         """
 
     def init(self, key: jax.Array) -> dict:
@@ -38,11 +40,11 @@ class Codec(Protocol):
 
 
 def check_sides(codec: str, height: int, width: int, multiple: int) -> None:
-    """Raises ValueError unless both sides of a video are multiples of `multiple` pixels."""
+    """Raises UserError unless both sides of a video are multiples of `multiple` pixels."""
     if height % multiple or width % multiple or not (height and width):
         nearest = " x ".join(str(max(1, round(n / multiple)) * multiple) for n in (height, width))
-        raise ValueError(f"{codec}: video sides must be multiples of {multiple} pixels, got "
-                         f"{height} x {width}. Nearest: {nearest}.")
+        raise UserError(f"{codec}: video sides must be multiples of {multiple} pixels, got "
+                        f"{height} x {width}. Nearest: {nearest}.")
 
 
 def from_uint8(video: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxvp.errors import UserError
 from jaxvp.models import module
 from jaxvp.models.attention import Attention
 from jaxvp.models.module import Linear
@@ -29,7 +30,7 @@ class ByteTextEncoder:
 
     def __post_init__(self):
         if self.length % self.stride:
-            raise ValueError(f"text length {self.length} is not a multiple of stride {self.stride}")
+            raise UserError(f"text length {self.length} is not a multiple of stride {self.stride}")
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxvp import rules, sharding
+from jaxvp.errors import UserError
 from jaxvp.models import module
 from jaxvp.models.attention import Attention, rope_table
 from jaxvp.models.module import Linear
@@ -67,13 +68,13 @@ REMAT = {
 def resolve_size(options: Mapping) -> dict:
     """Fields of a VideoTransformer, where `size`, a name in SIZES, stands for some of them.
 
-    The other options override those of the size. Raises ValueError for a size that there is not.
+    The other options override those of the size. Raises UserError for a size that there is not.
     """
     options = dict(options)
     size = options.pop("size", None)
     if size is not None and size not in SIZES:
-        raise ValueError(f"video transformer size {size!r} does not exist: choose one of "
-                         f"{', '.join(SIZES)}.")
+        raise UserError(f"video transformer size {size!r} does not exist: choose one of "
+                        f"{', '.join(SIZES)}.")
     return {**SIZES.get(size, {}), **options}
 
 
@@ -141,11 +142,11 @@ class VideoTransformer:
     def __post_init__(self):
         if self.width % (2 * self.heads):
             nearest = 2 * self.heads * max(1, round(self.width / (2 * self.heads)))
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}: "
-                             f"the nearest is {nearest}.")
+            raise UserError(f"width {self.width} must be an even multiple of heads {self.heads}: "
+                            f"the nearest is {nearest}.")
         if self.remat not in ("none", *REMAT):
-            raise ValueError(f"remat {self.remat!r} does not exist: choose one of none, "
-                             f"{', '.join(REMAT)}.")
+            raise UserError(f"remat {self.remat!r} does not exist: choose one of none, "
+                            f"{', '.join(REMAT)}.")
 
     @property
     def parameter_count(self) -> int:
@@ -165,12 +166,12 @@ class VideoTransformer:
         return {name: (layers or self.layers) * flops for name, flops in parts.items()}
 
     def tokens(self, t: int, h: int, w: int) -> tuple[int, int, int]:
-        """Token grid of a latent grid; raises ValueError when the patch does not divide it."""
+        """Token grid of a latent grid; raises UserError when the patch does not divide it."""
         grid = tuple(n // p for n, p in zip((t, h, w), self.patch, strict=True))
         if (t, h, w) != tuple(g * p for g, p in zip(grid, self.patch, strict=True)):
             nearest = " x ".join(str(max(1, g) * p) for g, p in zip(grid, self.patch, strict=True))
-            raise ValueError(f"latents of {t} x {h} x {w} are not multiples of patch {self.patch}: "
-                             f"the nearest are {nearest}.")
+            raise UserError(f"latents of {t} x {h} x {w} are not multiples of patch {self.patch}: "
+                            f"the nearest are {nearest}.")
         return grid
 
     def init(self, key: jax.Array) -> dict:

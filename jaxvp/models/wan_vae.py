@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxvp.errors import UserError
 from jaxvp.models import module
 from jaxvp.models.attention import attend
 from jaxvp.models.autoencoder import check_sides, from_uint8, to_uint8
@@ -99,8 +100,8 @@ class WanVAE:
 
     def __post_init__(self):
         if self.version not in VERSIONS:
-            raise ValueError(f"WanVAE: version {self.version!r} does not exist; there are "
-                             f"{', '.join(map(repr, VERSIONS))}.")
+            raise UserError(f"WanVAE: version {self.version!r} does not exist; there are "
+                            f"{', '.join(map(repr, VERSIONS))}.")
 
     @property
     def sizes(self) -> Version:
@@ -121,8 +122,8 @@ class WanVAE:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         if frames < 1 or frames % self.stride != 1:
             nearest = max(0, round((frames - 1) / self.stride)) * self.stride + 1
-            raise ValueError(f"WanVAE {self.version}: a clip must have {self.stride}k + 1 frames, "
-                             f"got {frames}. Nearest: {nearest}.")
+            raise UserError(f"WanVAE {self.version}: a clip must have {self.stride}k + 1 frames, "
+                            f"got {frames}. Nearest: {nearest}.")
         check_sides(f"WanVAE {self.version}", height, width, self.side)
         return (frames // self.stride + 1, height // self.side, width // self.side, self.channels)
 
@@ -135,7 +136,7 @@ class WanVAE:
         """uint8[B, T, H, W, 3] -> float32[B, t, h, w, c]: the posterior's mean, normalised.
 
         Raises:
-          ValueError: as `latent_shape`.
+          UserError: as `latent_shape`.
         """
         self.latent_shape(*video.shape[1:4])
         patch, mean, std = self.sizes.patch, np.float32(self.sizes.mean), np.float32(self.sizes.std)
@@ -153,15 +154,15 @@ class WanVAE:
         """float32[B, t, h, w, c], normalised -> uint8[B, T, H, W, 3].
 
         Raises:
-          ValueError: the latents have another number of channels.
+          UserError: the latents have another number of channels.
         """
         return self._decode(params, latents, to_uint8)
 
     def _decode(self, params, latents, finish):
         """`finish` of the decoded float32 RGB, inside the loop over frames."""
         if latents.shape[-1] != self.channels:
-            raise ValueError(f"WanVAE {self.version} decodes latents of {self.channels} channels, "
-                             f"got {latents.shape[-1]}.")
+            raise UserError(f"WanVAE {self.version} decodes latents of {self.channels} channels, "
+                            f"got {latents.shape[-1]}.")
         patch, mean, std = self.sizes.patch, np.float32(self.sizes.mean), np.float32(self.sizes.std)
         decoder = module.bind(self._decoder, params["decoder"])
 

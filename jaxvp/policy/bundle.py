@@ -27,6 +27,7 @@ from etils import epath
 from jaxvp.config import build
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
+from jaxvp.errors import UserError
 
 FORMAT_VERSION = 1
 
@@ -57,7 +58,7 @@ class Manifest:
       git_revision, versions, config: of the code, its packages, and the training run.
 
     Raises:
-      ValueError: a value is out of its range.
+      UserError: a value is out of its range.
     """
 
     format_version: int
@@ -106,7 +107,7 @@ class Manifest:
             if not holds:
                 name = expected.split()[0].rstrip(",")
                 found = getattr(self, name)
-                raise ValueError(f"policy.json must have: {expected}; found {name} = {found!r}.")
+                raise UserError(f"policy.json must have: {expected}; found {name} = {found!r}.")
         _ = self.normalizer
 
     @functools.cached_property
@@ -131,14 +132,14 @@ class _Exported:
         try:
             self._exported = jax.export.deserialize(bytearray(path.read_bytes()))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing: export the bundle again.") from None
+            raise UserError(f"{path} is missing: export the bundle again.") from None
         except Exception as error:  # Damage shows as any error of the flatbuffers reader.
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be read ({error}). {advice}: use that version, or export again."
             ) from error
         platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
         if platform not in self._exported.platforms:
-            raise ValueError(
+            raise UserError(
                 f"{path} was exported for {', '.join(self._exported.platforms)}, not for "
                 f"{platform}: export again with it, or set JAX_PLATFORMS."
             )
@@ -148,7 +149,7 @@ class _Exported:
         )
         expected = (_observation_spec(manifest), _spec(np.uint32, manifest.batch_size, 2))
         if tuple(inputs) != expected:
-            raise ValueError(f"{path} takes {inputs}, policy.json says {expected}: export again.")
+            raise UserError(f"{path} takes {inputs}, policy.json says {expected}: export again.")
 
     @functools.cached_property
     def _compiled(self):
@@ -195,7 +196,7 @@ class Bundle:
         """What the policy expects to see, uint8[B, T, H', W', 3]; arguments as for `act`.
 
         Raises:
-          FileNotFoundError: the bundle was exported without it.
+          UserError: the bundle was exported without it.
         """
         return self._imagine(self.params, observation, keys)
 
@@ -216,13 +217,13 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
       text_embeddings: folder to copy, when the manifest has a text_width.
 
     Raises:
-      ValueError: the manifest has an unknown, missing or wrong field.
-      FileExistsError: the folder is not empty.
+      UserError: the manifest has an unknown, missing or wrong field.
+      UserError: the folder is not empty.
     """
     path = epath.Path(path).resolve()
     checked = build(Manifest, {**manifest, "format_version": FORMAT_VERSION}, "policy.json")
     if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty: remove it, or export to another folder.")
+        raise UserError(f"{path} is not empty: remove it, or export to another folder.")
     path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params)
@@ -241,12 +242,12 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     """The manifest of the bundle in the folder `path`; touches no weights and no device.
 
     Raises:
-      FileNotFoundError: there is no bundle.
-      ValueError: policy.json is damaged, or of a newer format.
+      UserError: there is no bundle.
+      UserError: policy.json is damaged, or of a newer format.
     """
     file = epath.Path(path) / "policy.json"
     if not file.exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} is not a policy bundle: it has no policy.json. `python -m jaxvp.export` makes "
             "a bundle of a training run."
         )
@@ -254,9 +255,9 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         values = json.loads(file.read_text())
         version = values["format_version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): export the bundle again.") from error
+        raise UserError(f"{file} is damaged ({error!r}): export the bundle again.") from error
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{file} has format_version {version!r}, this jaxvp reads {FORMAT_VERSION}: "
             "upgrade jaxvp, or export the bundle with this version."
         )
@@ -267,15 +268,15 @@ def load(path: epath.PathLike) -> Bundle:
     """Reads a bundle, puts its weights on the default device and compiles `act`.
 
     Raises:
-      FileNotFoundError: there is no bundle, or a part of it is missing.
-      ValueError: a part is damaged, of a newer format, for another platform, or does not fit the
+      UserError: there is no bundle, or a part of it is missing.
+      UserError: a part is damaged, of a newer format, for another platform, or does not fit the
         others.
     """
     path = epath.Path(path).resolve()
     manifest = read_manifest(path)
     act = _Exported(path / "act.stablehlo", manifest)
     if not (path / "params").exists():
-        raise FileNotFoundError(f"{path / 'params'} is missing: export the bundle again.")
+        raise UserError(f"{path / 'params'} is missing: export the bundle again.")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), act.params)
@@ -283,7 +284,7 @@ def load(path: epath.PathLike) -> Bundle:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", target)
     except Exception as error:  # Orbax and TensorStore have many ways to say it.
-        raise ValueError(
+        raise UserError(
             f"{path / 'params'} does not hold the weights of act.stablehlo: {error}"
         ) from error
     act.compile()

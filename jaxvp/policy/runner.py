@@ -10,6 +10,7 @@ import numpy as np
 from jaxvp.data import observation as unified
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings
+from jaxvp.errors import UserError
 from jaxvp.policy.bundle import Bundle
 
 
@@ -49,7 +50,7 @@ class PolicyRunner:
             plan. A camera that is not among the images is masked.
 
         Raises:
-          ValueError: an observation is of another robot or shape than the policy was trained for,
+          UserError: an observation is of another robot or shape than the policy was trained for,
             or its text is none of those that were embedded.
         """
         keys = np.stack([self._key(slot) for slot in observations])
@@ -72,14 +73,14 @@ class PolicyRunner:
     def _row(self, observation: Mapping) -> dict[str, np.ndarray]:
         manifest = self._manifest
         if observation["robot"] != manifest.robot:
-            raise ValueError(
+            raise UserError(
                 f"The policy was trained for the robot {manifest.robot!r}, the observation is of "
                 f"{observation['robot']!r}."
             )
         images = observation["images"]
         view_mask = np.array([camera in images for camera in manifest.cameras])
         if not view_mask.any():
-            raise ValueError(
+            raise UserError(
                 f"The policy sees the cameras {manifest.cameras}, found {tuple(images)}."
             )
         video = np.full((len(view_mask), 1, *manifest.image_size, 3), unified.MISSING, np.uint8)

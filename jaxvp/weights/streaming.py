@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxvp.errors import UserError
 from jaxvp.rules import named_leaves
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in (
@@ -60,8 +61,8 @@ class Tensors(Mapping[str, Tensor]):
     Only headers are read, and checked against the sizes of their files.
 
     Raises:
-      FileNotFoundError: there are no safetensors; says what is there instead.
-      ValueError: a file is truncated, malformed, or not what the index says.
+      UserError: there are no safetensors; says what is there instead.
+      UserError: a file is truncated, malformed, or not what the index says.
     """
 
     def __init__(self, path: str | Path):
@@ -70,10 +71,10 @@ class Tensors(Mapping[str, Tensor]):
         for file, keys in _files(self.path).items():
             found = _read_header(file)
             if missing := sorted(set(keys or found) - set(found)):
-                raise ValueError(f"{file} lacks {listed(missing)}, which its index places there.")
+                raise UserError(f"{file} lacks {listed(missing)}, which its index places there.")
             if twice := sorted(set(found) & set(self._tensors)):
-                raise ValueError(f"{file} and {self._tensors[twice[0]].file} both hold "
-                                 f"{listed(twice)}.")
+                raise UserError(f"{file} and {self._tensors[twice[0]].file} both hold "
+                                f"{listed(twice)}.")
             self._tensors |= found
 
     def __getitem__(self, key: str) -> Tensor:
@@ -111,8 +112,8 @@ def write_file(path: str | Path, header: Mapping[str, tuple[Sequence[int], np.dt
         for key, (shape, dtype) in header.items():
             tensor = np.asarray(read(key), order="C")
             if tensor.shape != tuple(shape) or tensor.dtype != dtype:
-                raise ValueError(f"{key} is {tensor.dtype}{list(tensor.shape)}, not "
-                                 f"{np.dtype(dtype)}{list(shape)}.")
+                raise UserError(f"{key} is {tensor.dtype}{list(tensor.shape)}, not "
+                                f"{np.dtype(dtype)}{list(shape)}.")
             file.write(tensor.reshape(-1).view(np.uint8).data)
     partial.rename(path)
 
@@ -122,32 +123,32 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
         if len(indices) > 1:
-            raise ValueError(f"{path} has several indices: name one of "
-                             f"{listed([i.name for i in indices])}.")
+            raise UserError(f"{path} has several indices: name one of "
+                            f"{listed([i.name for i in indices])}.")
         if indices:
             return _files(indices[0])
         files = sorted(path.glob("*.safetensors"))
         if not files:
             below = sorted({str(f.parent) for f in path.glob("*/*.safetensors")})
             hint = f"There are some in {listed(below)}." if below else _pickle_hint(path)
-            raise FileNotFoundError(f"{path} holds no .safetensors files. {hint}")
+            raise UserError(f"{path} holds no .safetensors files. {hint}")
         return dict.fromkeys(files)
     if not path.is_file():
-        raise FileNotFoundError(f"No safetensors at {path}: there is no such file or folder.")
+        raise UserError(f"No safetensors at {path}: there is no such file or folder.")
     if path.name.endswith(".index.json"):
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an index of safetensors: {error!r}.") from error
+            raise UserError(f"{path} is not an index of safetensors: {error!r}.") from error
         files = {}
         for key, name in weight_map.items():
             files.setdefault(path.parent / name, []).append(key)
         if absent := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{path} names {listed(absent)}, which is not beside it: "
-                                    "download the missing shards.")
+            raise UserError(f"{path} names {listed(absent)}, which is not beside it: "
+                            "download the missing shards.")
         return files
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a safetensors file. {_pickle_hint(path.parent)}")
+        raise UserError(f"{path} is not a safetensors file. {_pickle_hint(path.parent)}")
     return {path: None}
 
 
@@ -162,8 +163,8 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{file} is truncated or not safetensors: {size} bytes do not hold "
-                             f"a header of {length}. Download it again.")
+            raise UserError(f"{file} is truncated or not safetensors: {size} bytes do not hold "
+                            f"a header of {length}. Download it again.")
         text = f.read(length)
     tensors, end = {}, 0
     try:
@@ -174,13 +175,13 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             tensor = Tensor(file, 8 + length + start, tuple(entry["shape"]),
                             DTYPES[entry["dtype"]])
             if stop - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
-                raise ValueError(f"{key} {entry} has the wrong number of bytes")
+                raise UserError(f"{key} {entry} has the wrong number of bytes")
             tensors[key], end = tensor, max(end, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has a malformed safetensors header: {error!r}.") from error
+        raise UserError(f"{file} has a malformed safetensors header: {error!r}.") from error
     if size != 8 + length + end:
-        raise ValueError(f"{file} is truncated or damaged: its header promises "
-                         f"{8 + length + end} bytes, it has {size}. Download it again.")
+        raise UserError(f"{file} is truncated or damaged: its header promises "
+                        f"{8 + length + end} bytes, it has {size}. Download it again.")
     return tensors
 
 
@@ -269,7 +270,7 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
       A tree like `abstract` of jax arrays, and what became of every name and key.
 
     Raises:
-      ValueError: parameters are in no file, or keys are left over, beyond what the regexes allow;
+      UserError: parameters are in no file, or keys are left over, beyond what the regexes allow;
         or shapes differ. Before anything is read.
     """
     leaves = named_leaves(abstract)
@@ -289,9 +290,9 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
                  for problem in _shape_problems(tensors, plan[name], name, leaves[name].shape)][:8]
     if problems:
         where = getattr(tensors, "path", "The weights")
-        raise ValueError(f"{where} does not fit the model: {'; '.join(problems)}.")
+        raise UserError(f"{where} does not fit the model: {'; '.join(problems)}.")
     if initialised and init is None:
-        raise ValueError(f"{listed(initialised)}: in no file, and there is no `init` for them.")
+        raise UserError(f"{listed(initialised)}: in no file, and there is no `init` for them.")
 
     values = {}
     if initialised:
@@ -323,12 +324,12 @@ def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9
       dtype: cast to it; None: as they are.
 
     Raises:
-      FileExistsError: the folder already holds safetensors.
-      ValueError: a parameter is not in the plan, or the plan names one that does not exist.
+      UserError: the folder already holds safetensors.
+      UserError: a parameter is not in the plan, or the plan names one that does not exist.
     """
     folder = Path(folder)
     if folder.is_dir() and (there := sorted(f.name for f in folder.glob("*.safetensors*"))):
-        raise FileExistsError(f"{folder} already holds {listed(there)}: choose an empty folder.")
+        raise UserError(f"{folder} already holds {listed(there)}: choose an empty folder.")
     leaves = named_leaves(params)
     if set(leaves) != set(plan):
         raise ValueError(f"Parameters and plan differ in {listed(sorted(set(leaves) ^ set(plan)))}"

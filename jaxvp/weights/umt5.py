@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxvp.errors import UserError
 from jaxvp.models.umt5 import UMT5Encoder
 from jaxvp.weights.streaming import Report, Stored, Tensors, load
 
@@ -48,7 +49,7 @@ def encoder_of(tensors: Mapping, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> 
     """The encoder whose sizes are those of the stored tensors.
 
     Raises:
-      ValueError: the tensors are not of UMT5's encoder.
+      UserError: the tensors are not of UMT5's encoder.
     """
     layers = 0
     while plan(layers + 1, tensors)["blocks/norm_1/scale"].keys[-1] in tensors:
@@ -56,7 +57,7 @@ def encoder_of(tensors: Mapping, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> 
     stored = plan(1, tensors)
     wanted = {key for entry in stored.values() for key in entry.all_keys()}
     if missing := sorted(wanted - set(tensors)):
-        raise ValueError(
+        raise UserError(
             f"{getattr(tensors, 'path', 'The weights')} is not UMT5's encoder: there is no "
             f"{missing[0]} among its {len(tensors)} tensors. (In T5 only the first layer has a "
             "position bias.)")
@@ -80,7 +81,7 @@ def read(path: str | Path, dtype: jax.typing.DTypeLike = jnp.bfloat16
       dtype: of parameters and of matrix products.
 
     Raises:
-      FileNotFoundError, ValueError: as `streaming.Tensors` and `streaming.load`.
+      UserError: as `streaming.Tensors` and `streaming.load`.
     """
     tensors = Tensors(path)
     encoder = encoder_of(tensors, dtype)

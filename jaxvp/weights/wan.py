@@ -8,13 +8,14 @@ wan/modules/model.py; huggingface/diffusers scripts/convert_wan_to_diffusers.py.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
+from jaxvp import command
+from jaxvp.errors import UserError
 from jaxvp.models.transformer import SIZES, VideoTransformer
 from jaxvp.rules import named_leaves
 from jaxvp.weights import streaming
@@ -82,7 +83,7 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
       absent, init: see `streaming.load`: parameters that may be in no file are initialised.
 
     Raises:
-      FileNotFoundError, ValueError: there is nothing to read, it is damaged, or of another size
+      UserError: there is nothing to read, it is damaged, or of another size
         (the message names the one that fits). Before anything but headers is read.
     """
     path = Path(path)
@@ -91,9 +92,9 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
     tensors = Tensors(path)
     spelling = next((s for s, key in SPELLINGS.items() if key in tensors), None)
     if spelling is None:
-        raise ValueError(f"{path} is not a Wan transformer: it has neither "
-                         f"{' nor '.join(SPELLINGS.values())}, but "
-                         f"{streaming.listed(sorted(tensors))}.")
+        raise UserError(f"{path} is not a Wan transformer: it has neither "
+                        f"{' nor '.join(SPELLINGS.values())}, but "
+                        f"{streaming.listed(sorted(tensors))}.")
     _check_sizes(tensors, transformer)
     if abstract is None:
         abstract = jax.eval_shape(transformer.init, jax.random.key(0))
@@ -111,7 +112,7 @@ def save(params: dict, transformer: VideoTransformer, folder: str | Path, *,
       shard_bytes, dtype: see `streaming.save`.
 
     Raises:
-      FileExistsError: the folder already holds safetensors.
+      UserError: the folder already holds safetensors.
     """
     streaming.save(params, plan(transformer), folder, shard_bytes=shard_bytes, dtype=dtype)
     if jax.process_index() == 0:
@@ -155,7 +156,7 @@ def stored_sizes(tensors: Tensors) -> dict:
 
 
 def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
-    """Raises ValueError when the weights are of another size; says of which."""
+    """Raises UserError when the weights are of another size; says of which."""
     def differing(sizes: Mapping) -> dict:
         return {name: value for name, value in found.items()
                 if name in sizes and sizes[name] != value}
@@ -163,11 +164,11 @@ def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
     try:
         found = stored_sizes(tensors)
     except (KeyError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"{tensors.path} is not a whole Wan transformer: {error!r}.") from error
+        raise UserError(f"{tensors.path} is not a whole Wan transformer: {error!r}.") from error
     if wrong := differing(vars(transformer)):
         fits = next((f"size='{name}'" for name, sizes in SIZES.items() if not differing(sizes)),
                     ", ".join(f"{name}={value}" for name, value in found.items()))
-        raise ValueError(
+        raise UserError(
             f"{tensors.path} has {', '.join(f'{name} {value}' for name, value in wrong.items())}, "
             f"the model {', '.join(f'{name} {getattr(transformer, name)}' for name in wrong)}: "
             f"what fits is {fits}.")
@@ -188,14 +189,9 @@ def export(workdir: str | Path, out: str | Path, dtype: str):
           "WanTransformer3DModel.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}: flags start with --.")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        export(flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.dtype)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def start(settings):
+    """Exports what the flags say."""
+    export(settings.workdir, settings.out, settings.dtype)
 
 
 if __name__ == "__main__":
@@ -203,4 +199,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for the weights; without safetensors in it yet.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the weights.")
     flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
+    command.run(start)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxvp.errors import UserError
 from jaxvp.models.wan_vae import MULTIPLIERS, TIME, VERSIONS, WanVAE
 from jaxvp.rules import named_leaves
 from jaxvp.weights import streaming
@@ -46,14 +47,14 @@ def vae_of(tensors: Mapping[str, streaming.Tensor], **fields) -> WanVAE:
       **fields: of WanVAE, other than the sizes.
 
     Raises:
-      ValueError: the tensors are not of an autoencoder of Wan.
+      UserError: the tensors are not of an autoencoder of Wan.
     """
     first, last = (next((tensors[key].shape for key in keys if key in tensors), ()) for keys in (
         ("encoder.conv_in.weight", "encoder.conv1.weight"),
         ("decoder.conv_out.weight", "decoder.head.2.weight")))
     versions = {3 * sizes.patch**2: version for version, sizes in VERSIONS.items()}
     if len(first) != 5 or len(last) != 5 or first[1] not in versions or last[0] != first[1]:
-        raise ValueError(
+        raise UserError(
             f"{getattr(tensors, 'path', 'The weights')}: no autoencoder of Wan among these "
             f"{len(tensors)} tensors (encoder.conv_in.weight {list(first)}, "
             f"decoder.conv_out.weight {list(last)}).")
@@ -70,13 +71,13 @@ def load(path: str | Path, vae: WanVAE, abstract: dict | None = None) -> tuple[d
         "decoder". None: all of `vae.init`, on the default device.
 
     Raises:
-      FileNotFoundError, ValueError: as `streaming.Tensors` and `streaming.load`; or the file is
+      UserError: as `streaming.Tensors` and `streaming.load`; or the file is
         of another autoencoder, which is named.
     """
     tensors = Tensors(path)
     found = vae_of(tensors)
     if (vae.version, vae.sizes) != (found.version, found.sizes):
-        raise ValueError(f"{path} is of {_show(found)}, not of {_show(vae)}.")
+        raise UserError(f"{path} is of {_show(found)}, not of {_show(vae)}.")
     abstract = _abstract(vae) if abstract is None else abstract
     stored = plan(vae, original="encoder.conv1.weight" in tensors)
     # Half of an autoencoder may be wanted; every key must be known all the same.
@@ -90,7 +91,7 @@ def save(params: dict, vae: WanVAE, folder: str | Path):
     """Writes what diffusers' `AutoencoderKLWan.from_pretrained(folder)` reads.
 
     Raises:
-      FileExistsError: the folder already holds safetensors.
+      UserError: the folder already holds safetensors.
     """
     streaming.save(params, plan(vae), folder)
     sizes = vae.sizes

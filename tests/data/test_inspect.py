@@ -17,6 +17,7 @@ from jaxvp.data import inspect, mixture
 from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.rlds import Episodes
+from jaxvp.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +104,7 @@ def test_all_missing_datasets_are_named_before_anything_is_computed(make_dataset
     (there / "data" / "rdt" / "1.0.0.incomplete").mkdir(parents=True)
     sources = [{"path": str(there)}, {"path": "data/robomind_agilex_3rgb"}, {"path": "data/rdt"},
                {"path": "my/own"}, {"path": "data/rdt"}]
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         inspect.inspect(config(*sources))
     first, *lines = str(error.value).splitlines()
     assert first.startswith("3 of 4 datasets are missing.")

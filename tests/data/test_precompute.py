@@ -16,6 +16,7 @@ from configs import pretrain
 from jaxvp import step, train
 from jaxvp.config import build
 from jaxvp.data import mixture, precompute, rlds
+from jaxvp.errors import UserError
 from jaxvp.weights import streaming, wan_vae
 
 ROOT = Path(__file__).parents[2]
@@ -116,9 +117,9 @@ def test_a_stopped_run_continues_with_the_missing_files(stored, tmp_path, monkey
     monkeypatch.setattr(precompute, "_write", failing)
     with pytest.raises(KeyboardInterrupt):
         precompute.precompute(source, encoder, tmp_path, 3)
-    with pytest.raises(FileNotFoundError, match="an unfinished build"):
+    with pytest.raises(UserError, match="an unfinished build"):
         rlds.version_folder(tmp_path)
-    with pytest.raises(FileExistsError, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         precompute.precompute(source, encoder, tmp_path, 2)
     again = []
     monkeypatch.setattr(precompute, "_write", lambda target, *a: again.append(target.name)
@@ -128,7 +129,7 @@ def test_a_stopped_run_continues_with_the_missing_files(stored, tmp_path, monkey
     for path in folder.glob("*.array_record*"):
         assert (result / path.name).read_bytes() == path.read_bytes()
     assert not list(result.glob("*.partial")) and not (result / "plan.json").exists()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         precompute.precompute(source, encoder, tmp_path, 3)
 
 

@@ -15,6 +15,7 @@ from synthetic import LENGTHS, action, colour, damage, rewrite, state
 from jaxvp.data import array_record, record_index, rlds
 from jaxvp.data.record_index import BadRecord, Index, Texts
 from jaxvp.data.rlds import Episodes
+from jaxvp.errors import UserError
 
 
 def test_round_trip(dataset):
@@ -159,13 +160,13 @@ def test_seconds_are_those_of_the_whole_episode(make_dataset):
 
 
 def test_absent_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: the folder does not exist.*--out"):
+    with pytest.raises(UserError, match="nowhere: the folder does not exist.*--out"):
         Episodes(tmp_path / "nowhere", "train")
 
 
 def test_unfinished_build_is_no_dataset(tmp_path):
     (tmp_path / "1.0.0.incomplete").mkdir()
-    with pytest.raises(FileNotFoundError, match="an unfinished build"):
+    with pytest.raises(UserError, match="an unfinished build"):
         Episodes(tmp_path, "train")
 
 
@@ -300,7 +301,7 @@ def test_index_takes_little_memory(make_dataset):
 def test_missing_shard(make_dataset):
     folder = make_dataset("missing")
     next(folder.glob("*-00001-of-00002")).unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 files: .*00001-of-00002"):
+    with pytest.raises(UserError, match="lacks 1 files: .*00001-of-00002"):
         Episodes(folder, "train")
 
 

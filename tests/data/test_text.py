@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxvp.data.text import ByteTokenizer, SentencePieceTokenizer, clean
+from jaxvp.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/umt5_tokenizer.npz")
 TEXTS = (  # As in golden/umt5.py.
@@ -68,7 +69,7 @@ def test_pieces_that_do_not_fit_are_an_error(tokenizer_file):
 
 
 def test_other_files_are_no_tokenizer(tmp_path, tokenizer_file):
-    with pytest.raises(FileNotFoundError, match="spiece.model of google/umt5-xxl"):
+    with pytest.raises(UserError, match="spiece.model of google/umt5-xxl"):
         SentencePieceTokenizer(tmp_path / "absent.model")
     (tmp_path / "text").write_text("some text")
     with pytest.raises(ValueError, match="text is not a sentencepiece model"):

@@ -13,6 +13,7 @@ from jaxvp.data.mixture import DataConfig
 from jaxvp.data.rlds import Episodes
 from jaxvp.data.text import SentencePieceTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings, add
+from jaxvp.errors import UserError
 from jaxvp.weights import umt5
 from jaxvp.weights.streaming import write_file
 
@@ -34,7 +35,7 @@ def test_lookup_pads_with_zeros(tmp_path):
 
 
 def test_what_lookup_refuses(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--out=.*none`"):
+    with pytest.raises(UserError, match="--out=.*none`"):
         TextEmbeddings(tmp_path / "none")
     add(tmp_path, ["abc"], "e", 4, encode)
     embeddings = TextEmbeddings(tmp_path)

@@ -12,6 +12,7 @@ from raw_hdf5 import seen as steps_seen
 
 from data_builders.agibot.agibot import Builder
 from data_builders.builder import Skip
+from jaxvp.errors import UserError
 
 VIEWS = {"head_color": 0, "hand_left_color": 1, "hand_right_color": 2}
 HAND_VIEWS = {"head_color": 0, "hand_left_fisheye_color": 1, "hand_right_fisheye_color": 2}
@@ -258,16 +259,16 @@ def test_bad_videos(tmp_path):
 
 
 def test_archives_must_be_unpacked(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no .*observations"):
+    with pytest.raises(UserError, match="there is no .*observations"):
         agibot(tmp_path).items()
     (tmp_path / "observations" / "327").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="found nothing like that"):
+    with pytest.raises(UserError, match="found nothing like that"):
         agibot(tmp_path).items()
     (tmp_path / "observations" / "327" / "648649-674627.tar").touch()
-    with pytest.raises(FileNotFoundError, match="only archives: unpack them, `for f in observ"):
+    with pytest.raises(UserError, match="only archives: unpack them, `for f in observ"):
         agibot(tmp_path).items()
     write_episode(tmp_path, 327, 1)
-    with pytest.raises(FileNotFoundError, match="there is no .*task_info"):
+    with pytest.raises(UserError, match="there is no .*task_info"):
         agibot(tmp_path).items()
     (tmp_path / "task_info").mkdir()
     (tmp_path / "task_info" / "task_327.json").write_text("[1]")

@@ -10,6 +10,7 @@ from raw_hdf5 import seen as steps_seen
 
 from data_builders.aloha.aloha import Builder
 from data_builders.builder import Skip
+from jaxvp.errors import UserError
 
 REAL = ("cam_high", "cam_left_wrist", "cam_low", "cam_right_wrist")
 MOBILE = ("cam_high", "cam_left_wrist", "cam_right_wrist")
@@ -177,7 +178,7 @@ def test_the_first_file_may_be_broken(tmp_path):
 
 
 def test_a_folder_without_episodes_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no episode_<n>.hdf5"):
+    with pytest.raises(UserError, match="has no episode_<n>.hdf5"):
         aloha(tmp_path).items()
     with h5py.File(tmp_path / "episode_0.hdf5", "w") as file:
         file["data"] = 0

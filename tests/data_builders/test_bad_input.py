@@ -14,6 +14,7 @@ import raw
 
 from data_builders import build, builder, episode, video, writer
 from jaxvp.data import rlds
+from jaxvp.errors import UserError
 
 FPS, LENGTH = 10, 8
 
@@ -285,7 +286,7 @@ def test_full_disk_at_the_end(good, monkeypatch):
         patch.setattr(writer.tfds.folder_dataset, "write_metadata", full)
         with pytest.raises(writer.WriteError, match="incomplete cannot be written.*No space left"):
             raw.convert(arm, out)
-    with pytest.raises(FileNotFoundError, match="an unfinished build"):
+    with pytest.raises(UserError, match="an unfinished build"):
         rlds.version_folder(out)
     _, report = build.build(arm, arm.items(), out, num_workers=1)
     assert report.kept == 2

@@ -4,6 +4,7 @@ import pytest
 from toy import Toy
 
 from data_builders import build, writer
+from jaxvp.errors import UserError
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
 
@@ -44,7 +45,7 @@ def test_an_error_of_a_worker_stops_the_build(tmp_path, monkeypatch):
 
     builder = Toy()
     monkeypatch.setattr(writer, "write_shard", full)
-    with pytest.raises(RuntimeError, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device"):
         build.build(builder, builder.items(), tmp_path, beam_flags=FLAGS)
     assert not (tmp_path / "1.0.0").exists()
 
@@ -52,5 +53,5 @@ def test_an_error_of_a_worker_stops_the_build(tmp_path, monkeypatch):
 def test_workers_that_do_not_share_the_folder_are_noticed(tmp_path, monkeypatch):
     builder = Toy()
     monkeypatch.setattr(writer, "write_shard", lambda *_: None)
-    with pytest.raises(RuntimeError, match="4 of 4 shards are not in .*: do the workers share it?"):
+    with pytest.raises(UserError, match="4 of 4 shards are not in .*: do the workers share it?"):
         build.build(builder, builder.items(), tmp_path, beam_flags=FLAGS)

@@ -16,6 +16,7 @@ from toy import Toy
 
 from data_builders import build, writer
 from jaxvp.data import rlds
+from jaxvp.errors import UserError
 
 
 @pytest.fixture
@@ -52,14 +53,14 @@ def test_a_killed_build_continues_with_the_missing_shards(tmp_path):
     kill = tmp_path / "kill"
     kill.touch()
     builder, out = Toy(kill=str(kill)), tmp_path / "out"
-    with pytest.raises(RuntimeError, match="worker process died.*keeps the finished shards"):
+    with pytest.raises(UserError, match="worker process died.*keeps the finished shards"):
         build.build(builder, builder.items(), out, num_workers=1)
-    with pytest.raises(FileNotFoundError, match="an unfinished build"):
+    with pytest.raises(UserError, match="an unfinished build"):
         rlds.version_folder(out)
     finished = sorted((out / "1.0.0.incomplete" / "shards").glob("*.json"))
     names = [path.stem for path in finished if path.stem != "plan"]
     assert names == ["train-00000"]
-    with pytest.raises(FileExistsError, match="other options or items"):
+    with pytest.raises(UserError, match="other options or items"):
         writer.open_folder(dataclasses.replace(builder, size=9), builder.items(), out)
     first = out / "1.0.0.incomplete" / "shards" / "train-00000"
     os.utime(first, (1, 1))
@@ -78,7 +79,7 @@ def test_nothing_kept_is_an_error_and_no_dataset(tmp_path):
 
 def test_existing_dataset_is_not_touched(tmp_path):
     (tmp_path / "1.0.0").mkdir()
-    with pytest.raises(FileExistsError, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another --out"):
         writer.open_folder(Toy(), [], tmp_path)
 
 
@@ -190,7 +191,7 @@ def test_list_names_all_builders(capsys, monkeypatch):
     assert list(lines) == build.builder_names()
     assert lines["libero"] == "(libero needs `pip install h5py`)"
     assert lines["tabletop"].startswith("Tabletop demonstrations: two arms")
-    with pytest.raises(ImportError, match="libero needs `pip install h5py`"):
+    with pytest.raises(UserError, match="libero needs `pip install h5py`"):
         build.parse(["libero", "--raw=x", "--out=x"])
 
 

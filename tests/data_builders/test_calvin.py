@@ -10,6 +10,7 @@ import raw
 import raw_hdf5
 
 from data_builders.calvin.calvin import CAMERAS, Builder, uncovered
+from jaxvp.errors import UserError
 
 WINDOWS = (("lift the red block", 3, 12), ("open  the drawer", 10, 17), ("push the button", 25, 30))
 PLAYS = ((0, 19), (22, 33))  # Frames 20 and 21 do not exist.
@@ -169,5 +170,5 @@ def test_annotations_of_older_numpy_are_read(tmp_path):
 
 def test_a_wrong_folder_is_named(tmp_path):
     (tmp_path / "task_D_D").mkdir()
-    with pytest.raises(FileNotFoundError, match="there is no .*training.*has task_D_D"):
+    with pytest.raises(UserError, match="there is no .*training.*has task_D_D"):
         calvin(tmp_path).items()

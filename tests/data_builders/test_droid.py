@@ -14,6 +14,7 @@ from data_builders.droid.droid import CAMERAS as CAMERA_TEXTS
 from data_builders.open_x import open_x
 from data_builders.open_x.datasets import DATASETS
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.errors import UserError
 
 FIRST = "AUTOLab/success/2023-08-18/Fri_Aug_18_12:00:11_2023"
 SECOND = "IRIS/success/2023-11-28/Tue_Nov_28_08:46:19_2023"
@@ -167,7 +168,7 @@ def test_episodes_without_annotations_are_left_out(builder, tmp_path):
 def test_without_any_annotations(tmp_path):
     write(tmp_path / "raw", FIRST)
     builder = Builder(raw=str(tmp_path / "raw"), image_size=16)
-    with pytest.raises(FileNotFoundError, match="no .*aggregated-annotations-030724.json"):
+    with pytest.raises(UserError, match="no .*aggregated-annotations-030724.json"):
         builder.items()
     (item,) = (keep := dataclasses.replace(builder, unlabelled="keep")).items()
     assert next(keep.build(item)).instruction == ""
@@ -225,5 +226,5 @@ def test_an_episode_without_steps_is_counted(builder, tmp_path):
 
 
 def test_wrong_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no <lab>/<success.failure>/<date>/<time>"):
+    with pytest.raises(UserError, match="has no <lab>/<success.failure>/<date>/<time>"):
         Builder(raw=str(tmp_path)).items()

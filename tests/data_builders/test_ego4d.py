@@ -11,6 +11,7 @@ from data_builders import images
 from data_builders.ego4d.ego4d import Builder, Segment, narrated
 from jaxvp.data import rlds
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.errors import UserError
 
 FULL, STEREO, LATE, ABSENT, SILENT, UNLISTED = (
     f"{n}a8e63b0-6f1c-4c2d-8a55-0d2f4a1b7c9e" for n in range(1, 7))
@@ -277,12 +278,12 @@ def test_damaged_videos_are_named(builder, tmp_path):
 
 
 def test_missing_parts_are_named(builder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no .*video_540ss"):
+    with pytest.raises(UserError, match="there is no .*video_540ss"):
         dataclasses.replace(builder, videos="video_540ss").items()
-    with pytest.raises(FileNotFoundError, match="fho_main.json; .*annotations has narration.json"):
+    with pytest.raises(UserError, match="fho_main.json; .*annotations has narration.json"):
         dataclasses.replace(builder, annotations="fho").items()
     with pytest.raises(ValueError, match="--annotations must be one of narrations, fho"):
         dataclasses.replace(builder, annotations="lta")
     (builder.path() / "ego4d.json").unlink()
-    with pytest.raises(FileNotFoundError, match="there is no .*ego4d.json"):
+    with pytest.raises(UserError, match="there is no .*ego4d.json"):
         builder.items()

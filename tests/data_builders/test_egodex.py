@@ -10,6 +10,7 @@ import raw
 from data_builders.builder import Skip
 from data_builders.egodex.egodex import NAMES, Builder
 from jaxvp.data import rlds
+from jaxvp.errors import UserError
 
 FINGER = ("Metacarpal", "Knuckle", "IntermediateBase", "IntermediateTip", "Tip")
 BODY = ("hip", *(f"spine{i}" for i in range(1, 8)), *(f"neck{i}" for i in range(1, 5)))
@@ -179,5 +180,5 @@ def test_broken_files_are_counted(builder, tmp_path):
 
 
 def test_folders_without_episodes_are_named(builder):
-    with pytest.raises(FileNotFoundError, match="has no <part>/<task>/<number>.hdf5"):
+    with pytest.raises(UserError, match="has no <part>/<task>/<number>.hdf5"):
         dataclasses.replace(builder, raw=f"{builder.raw}/part1").items()

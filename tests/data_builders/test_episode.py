@@ -8,6 +8,7 @@ import pytest
 from raw import jpeg, picture, seen
 
 from data_builders import builder, episode, images
+from jaxvp.errors import UserError
 
 
 @pytest.mark.parametrize(("text", "clean"), [
@@ -128,10 +129,10 @@ def test_paths_that_are_not_there_say_what_is(tmp_path):
         (tmp_path / "videos" / name).mkdir(parents=True)
     raw = Raw(raw=str(tmp_path))
     assert raw.path("videos", "a") == tmp_path / "videos" / "a" and raw.path() == tmp_path
-    with pytest.raises(FileNotFoundError, match=r"--raw=.*there is no .*/videos/c/d.mp4; "
+    with pytest.raises(UserError, match=r"--raw=.*there is no .*/videos/c/d.mp4; "
                                                 r".*/videos has a, b\."):
         raw.path("videos", "c", "d.mp4")
-    with pytest.raises(FileNotFoundError, match=r"/videos/a has nothing\."):
+    with pytest.raises(UserError, match=r"/videos/a has nothing\."):
         raw.path("videos", "a", "d.mp4")
 
 

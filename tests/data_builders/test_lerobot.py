@@ -13,6 +13,7 @@ from data_builders.builder import Skip
 from data_builders.lerobot.dataset import Dataset
 from data_builders.lerobot.lerobot import Builder
 from jaxvp.data import rlds
+from jaxvp.errors import UserError
 
 EPISODES = (Episode(7), Episode(8, task=(0, 0, 0, 1, 1, 1, 1, 1)), Episode(6, task=1))
 
@@ -220,11 +221,11 @@ def test_several_datasets_below_raw(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no .*absent"):
+    with pytest.raises(UserError, match="there is no .*absent"):
         lerobot(tmp_path / "absent").items()
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "1_2.tar.gz").touch()
-    with pytest.raises(FileNotFoundError, match=r"meta/info.json, only archives.*1_2.tar.gz"):
+    with pytest.raises(UserError, match=r"meta/info.json, only archives.*1_2.tar.gz"):
         lerobot(tmp_path / "packed").items()
     old = raw_lerobot.write(tmp_path / "old", "v2.1", EPISODES[:1], codebase_version="v1.6")
     with pytest.raises(ValueError, match="must be 2.0, 2.1 or 3.0, found 1.6"):
@@ -238,7 +239,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="episode_000001.parquet: .*nothing_here"):
         built(lerobot(root, task_column="nothing_here"), (".", 1))
     (root / "data" / "chunk-000" / "episode_000001.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="episode_000001.parquet"):
+    with pytest.raises(UserError, match="episode_000001.parquet"):
         built(lerobot(root), (".", 1))
     wide = {"dtype": "float32", "shape": [5], "names": None}
     root = raw_lerobot.write(tmp_path / "wide", "v2.1", EPISODES[:1])

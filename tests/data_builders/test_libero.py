@@ -14,6 +14,7 @@ import pytest
 from data_builders import build, builder
 from data_builders.libero.libero import Builder
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 
 SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
 MILK = "pick_up_the_milk_and_place_it_in_the_basket"
@@ -195,9 +196,9 @@ def test_wrong_options_and_folders_are_named(raw, tmp_path):
         Builder(raw=str(raw), rotation="90")
     with pytest.raises(ValueError, match="--suites=libero_11: choose of libero_spatial"):
         Builder(raw=str(raw), suites=("libero_11",)).items()
-    with pytest.raises(FileNotFoundError, match=r"has no libero_goal/\*_demo.hdf5"):
+    with pytest.raises(UserError, match=r"has no libero_goal/\*_demo.hdf5"):
         Builder(raw=str(raw), suites=("libero_goal",)).items()
-    with pytest.raises(FileNotFoundError, match=r"has no <suite>/<task>_demo.hdf5"):
+    with pytest.raises(UserError, match=r"has no <suite>/<task>_demo.hdf5"):
         Builder(raw=str(tmp_path / "empty")).items()
     with h5py.File(raw / "libero_10" / f"{SCENE}_demo.hdf5", "a") as file:
         del file["data/demo_0/obs"]

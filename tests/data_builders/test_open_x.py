@@ -12,6 +12,7 @@ from data_builders.builder import Skip
 from data_builders.open_x.datasets import DATASETS
 from data_builders.open_x.open_x import Builder
 from jaxvp.data import rlds
+from jaxvp.errors import UserError
 
 
 def trip(tmp_path, folder, view="agentview", fps=None, **options):
@@ -309,7 +310,7 @@ def test_the_dataset_is_recognised_by_info_folder_or_flag(tmp_path):
 
 def test_what_is_not_a_download_is_named(tmp_path):
     (tmp_path / "1.0.0").mkdir()
-    with pytest.raises(FileNotFoundError, match="--raw.*no .*dataset_info.json; .* has 1.0.0"):
+    with pytest.raises(UserError, match="--raw.*no .*dataset_info.json; .* has 1.0.0"):
         small(tmp_path).items()
     folder = one_file(tmp_path, "viola", {})
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -327,7 +328,7 @@ def test_missing_files_are_an_error_or_left_out(tmp_path):
     write(tmp_path / "viola", "viola", {"train": [[{}], [{}, {}]]})
     missing = tmp_path / "viola" / "viola-train.tfrecord-00000-of-00002"
     missing.unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 files, such as .*-00000-of-00002: "
+    with pytest.raises(UserError, match="lacks 1 of 2 files, such as .*-00000-of-00002: "
                                                 "download them, or .* --partial"):
         small(tmp_path / "viola").items()
     items = small(tmp_path / "viola", partial=True).items()

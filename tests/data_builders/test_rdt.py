@@ -9,6 +9,7 @@ import raw
 import raw_hdf5
 
 from data_builders.rdt.rdt import CAMERAS, Builder
+from jaxvp.errors import UserError
 
 TEXTS = {"instruction": "Put the cup on the plate.", "simplified_instruction": ["Cup on plate."],
          "expanded_instruction": [f"Carefully, {i}, put the cup on the plate." for i in range(50)]}
@@ -133,5 +134,5 @@ def test_broken_files_are_named(tmp_path):
 
 def test_a_wrong_folder_is_named(tmp_path):
     (tmp_path / "rdt_data.tar.gz.aa").touch()
-    with pytest.raises(FileNotFoundError, match="has no .*episode_.*found rdt_data.tar.gz.aa"):
+    with pytest.raises(UserError, match="has no .*episode_.*found rdt_data.tar.gz.aa"):
         rdt(tmp_path).items()

@@ -11,6 +11,7 @@ import raw_hdf5
 import raw_lerobot
 
 from data_builders.robocasa.robocasa import ACTION_NAMES, STATE_NAMES, Builder
+from jaxvp.errors import UserError
 
 CAMERAS = ("robot0_agentview_left", "robot0_agentview_right", "robot0_eye_in_hand")
 TASK = "v0.1/single_stage/kitchen_pnp/PnPCounterToCab"
@@ -212,7 +213,7 @@ def test_files_that_cannot_be_read_or_have_no_images_are_counted(tmp_path):
 
 def test_a_wrong_folder_is_named(tmp_path):
     (tmp_path / "a.tar").touch()
-    with pytest.raises(FileNotFoundError, match="has no .*hdf5 or .*info.json, found a.tar"):
+    with pytest.raises(UserError, match="has no .*hdf5 or .*info.json, found a.tar"):
         robocasa(tmp_path).items()
     write_lerobot(tmp_path / "lerobot")
     shutil.move(tmp_path / "lerobot" / "meta" / "modality.json", tmp_path)

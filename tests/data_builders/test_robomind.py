@@ -11,6 +11,7 @@ import raw_hdf5
 
 from data_builders.robomind.embodiments import EMBODIMENTS
 from data_builders.robomind.robomind import Builder
+from jaxvp.errors import UserError
 
 TABLE = """,task,instruction
 0,bread_in_basket,Put bread into the basket
@@ -274,10 +275,10 @@ def test_broken_files_are_named(folder, tmp_path):
 
 def test_a_wrong_folder_is_named(folder, tmp_path):
     write(folder, "ur_1rgb", "0000")
-    with pytest.raises(FileNotFoundError, match=r"--raw=.* has no h5_franka_3rgb/.*found RoboMIND"):
+    with pytest.raises(UserError, match=r"--raw=.* has no h5_franka_3rgb/.*found RoboMIND"):
         robomind(folder).items()
     with pytest.raises(ValueError, match="--cameras=camera_left: robomind_ur_1rgb has camera_top"):
         robomind(folder, "ur_1rgb", cameras=("camera_left",)).features()
     (folder / "RoboMIND_v1_2_instr.csv").unlink()
-    with pytest.raises(FileNotFoundError, match="there is no .*RoboMIND_v1_2_instr.csv"):
+    with pytest.raises(UserError, match="there is no .*RoboMIND_v1_2_instr.csv"):
         robomind(folder, "ur_1rgb").items()

@@ -9,6 +9,7 @@ import raw
 import raw_hdf5
 
 from data_builders.robotwin.robotwin import CAMERAS, Builder
+from jaxvp.errors import UserError
 
 TASK = "adjust_bottle"
 SEEN = [f"Adjust the bottle, way {i}." for i in range(50)]
@@ -116,7 +117,7 @@ def test_robots_are_told_apart_by_their_folders(tmp_path):
     assert made.dataset == "robotwin_franka"
     (inside,) = robotwin(tmp_path / TASK / "franka-panda_clean_50", robot="franka").items()
     assert inside == "data/episode0.hdf5"
-    with pytest.raises(FileNotFoundError, match="no folder of --robot=ur5, but of agilex, franka"):
+    with pytest.raises(UserError, match="no folder of --robot=ur5, but of agilex, franka"):
         robotwin(tmp_path, robot="ur5").items()
 
 
@@ -175,5 +176,5 @@ def test_broken_files_are_named(tmp_path):
 
 def test_a_wrong_folder_is_named(tmp_path):
     (tmp_path / "aloha-agilex_clean_50.zip").touch()
-    with pytest.raises(FileNotFoundError, match="has no .*episode.*found aloha-agilex.*zip"):
+    with pytest.raises(UserError, match="has no .*episode.*found aloha-agilex.*zip"):
         robotwin(tmp_path).items()

@@ -9,6 +9,7 @@ import raw
 from data_builders.something_something.something_something import Builder
 from jaxvp.data import rlds
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.errors import UserError
 
 LISTS = {
     "train": [
@@ -109,7 +110,7 @@ def test_short_absent_and_damaged_clips_are_counted(builder, tmp_path):
 
 
 def test_wrong_folders_and_cameras_are_named(builder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no .*labels/train.json.*has raw"):
+    with pytest.raises(UserError, match="there is no .*labels/train.json.*has raw"):
         dataclasses.replace(builder, raw=str(tmp_path)).items()
     with pytest.raises(ValueError, match="--cameras=head: something_something has camera"):
         dataclasses.replace(builder, cameras=("head",)).features()

@@ -9,6 +9,7 @@ import pytest
 from raw import picture, seen, write_video
 
 from data_builders import images, video
+from jaxvp.errors import UserError
 
 LENGTH, FPS = 41, 10
 CODECS = {
@@ -197,7 +198,7 @@ def test_truncated_files(videos, tmp_path):
 
 
 def test_files_that_are_no_video(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.mp4 does not exist"):
+    with pytest.raises(UserError, match="gone.mp4 does not exist"):
         video.measure(tmp_path / "gone.mp4")
     (tmp_path / "page.mp4").write_text("<html>not found</html>")
     with pytest.raises(video.VideoError, match="page.mp4 is not a video"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 
 SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
@@ -122,17 +123,17 @@ def versions(monkeypatch):
 
 def test_a_wrong_or_missing_package_is_named(versions):
     versions["mujoco"] = "3.4.0"
-    with pytest.raises(RuntimeError, match=r"needs mujoco 3.\[0-3\].*found 3.4.0.*pip install"):
+    with pytest.raises(UserError, match=r"needs mujoco 3.\[0-3\].*found 3.4.0.*pip install"):
         libero.package()
     del versions["robosuite"]
-    with pytest.raises(RuntimeError, match="needs robosuite.*found nothing installed"):
+    with pytest.raises(UserError, match="needs robosuite.*found nothing installed"):
         libero.package()
 
 
 def test_missing_assets_and_tasks_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(libero, "package", lambda: tmp_path)
     (tmp_path / "assets" / "scenes").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="has no articulated_objects.*--libero_assets=DIR"):
+    with pytest.raises(UserError, match="has no articulated_objects.*--libero_assets=DIR"):
         libero.setup()
     with pytest.raises(ValueError, match="No LIBERO suite 'libero_11'; there are libero_spatial"):
         libero.tasks("libero_11")

@@ -9,6 +9,7 @@ import rich.console
 import toy_bundle
 
 from jaxvp import evaluate
+from jaxvp.errors import UserError
 from jaxvp.evaluate import Settings
 from jaxvp.video import read_video
 
@@ -132,7 +133,7 @@ def test_bundle_of_something_else(tmp_path, changes, message):
 
 def test_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="holds another result"):
+    with pytest.raises(UserError, match="holds another result"):
         evaluate.make_plan(Settings(policy="expert", out=str(tmp_path)))
 
 

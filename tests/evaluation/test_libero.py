@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvp.envs import libero
+from jaxvp.errors import UserError
 from jaxvp.evaluation import libero as evaluation
 
 SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
@@ -91,7 +92,7 @@ def test_every_trial_has_its_own_initial_state_and_waits(suite):
 
 
 def test_demonstrations_are_read_in_order(suite, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; --libero_demos=DIR"):
+    with pytest.raises(UserError, match="does not exist; --libero_demos=DIR"):
         suite.demonstrations(MILK, 1)
     (tmp_path / "libero_object").mkdir()
     with h5py.File(tmp_path / "libero_object" / f"{MILK}_demo.hdf5", "w") as file:

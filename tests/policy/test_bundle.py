@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy_bundle
 
+from jaxvp.errors import UserError
 from jaxvp.policy import bundle
 
 
@@ -66,7 +67,7 @@ def test_imagine(loaded, copy):
     video = loaded.imagine(observation, keys(2))
     np.testing.assert_array_equal(video[:, 2], observation["video"][:, 0, 0])
     (copy / "imagine.stablehlo").unlink()
-    with pytest.raises(FileNotFoundError, match="imagine.stablehlo is missing"):
+    with pytest.raises(UserError, match="imagine.stablehlo is missing"):
         bundle.load(copy).imagine(observation, keys(2))
 
 
@@ -99,12 +100,12 @@ def test_not_json(copy):
 def test_missing_part(copy, name):
     path = copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(UserError, match=name):
         bundle.load(copy)
 
 
 def test_missing_bundle(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a policy bundle: .*jaxvp.export"):
+    with pytest.raises(UserError, match="not a policy bundle: .*jaxvp.export"):
         bundle.load(tmp_path / "nothing")
 
 
@@ -130,7 +131,7 @@ def test_weights_of_another_model(tmp_path):
 
 
 def test_save_never_overwrites(copy):
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         bundle.save(copy, toy_bundle.manifest(), toy_bundle.PARAMS, b"")
 
 

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxvp.errors import UserError
 from jaxvp.weights import streaming
 from jaxvp.weights.streaming import Stored, Tensors
 
@@ -167,7 +168,7 @@ def test_wrong_shapes_and_numbers_of_layers_are_named(tmp_path, file):
 
 
 def test_files_that_are_no_safetensors_are_refused(tmp_path, file):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         Tensors(tmp_path / "absent.safetensors")
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole + b"0", whole[:20], whole[:3]):
@@ -180,19 +181,19 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path, file):
     empty = tmp_path / "pickles"
     (empty / "transformer").mkdir(parents=True)
     (empty / "model.pth").touch()
-    with pytest.raises(FileNotFoundError, match="model.pth: pickles are never read"):
+    with pytest.raises(UserError, match="model.pth: pickles are never read"):
         Tensors(empty)
     with pytest.raises(ValueError, match="pickles are never read"):
         Tensors(empty / "model.pth")
     write(empty / "transformer" / "a.safetensors", STORED)
-    with pytest.raises(FileNotFoundError, match="There are some in .*transformer"):
+    with pytest.raises(UserError, match="There are some in .*transformer"):
         Tensors(empty)
 
 
 def test_an_index_and_its_shards_must_agree(tmp_path):
     params, _ = streaming.load(Tensors(write(tmp_path / "a.safetensors", STORED)), PLAN, tree())
     streaming.save(params, PLAN, tmp_path / "out", shard_bytes=300)
-    with pytest.raises(FileExistsError, match="already holds"):
+    with pytest.raises(UserError, match="already holds"):
         streaming.save(params, PLAN, tmp_path / "out")
     index = tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json"
     assert set(Tensors(index)) == set(STORED)
@@ -203,7 +204,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
         Tensors(index)
     text["weight_map"]["more"] = "elsewhere.safetensors"
     index.write_text(json.dumps(text))
-    with pytest.raises(FileNotFoundError, match="elsewhere.safetensors"):
+    with pytest.raises(UserError, match="elsewhere.safetensors"):
         Tensors(tmp_path / "out")
     index.write_text("{}")
     with pytest.raises(ValueError, match="not an index"):
