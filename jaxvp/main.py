@@ -13,14 +13,16 @@ from jaxvp.train import check, train
 
 def start(settings):
     """Trains what the flags say."""
-    distributed.initialize()
-    config = settings.config
-    name = command.config_name().replace(".py:", "_").removesuffix(".py")
-    workdir = settings.workdir or pathlib.Path("runs") / name
-    check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
-    if config.get("embedded") and jax.process_index() == 0:
-        build_embedded(config)
-    train(config, workdir, settings.dry_run)
+    with distributed.processes(settings.silence):
+        config = settings.config
+        name = command.config_name().replace(".py:", "_").removesuffix(".py")
+        workdir = settings.workdir or pathlib.Path("runs") / name
+        check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
+        if config.get("embedded"):
+            if jax.process_index() == 0:
+                build_embedded(config)
+            distributed.together("embedded data")
+        train(config, workdir, settings.dry_run)
 
 
 def build_embedded(config):
@@ -42,6 +44,10 @@ def run():
         "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py, "
         "runs/NAME_VARIANT for configs/NAME.py:VARIANT. A run that "
         "is there already is continued.")
+    flags.DEFINE_float(
+        "silence", 60, "Of several processes: seconds without a sign of life after which one "
+        "counts as dead and the others end. They notice at once when a process alone dies.",
+        lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
     command.run(start)
 

@@ -1,6 +1,4 @@
 import contextlib
-import functools
-import json
 import os
 import signal
 import subprocess
@@ -9,10 +7,10 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from tiny_run import config_of, rows, weights, write_config
 
-from configs import finetune, pretrain
+from configs import finetune
 from data_builders.build import build
 from data_builders.tabletop.tabletop import Builder
 from jaxvp import checkpoint, export, train
@@ -23,16 +21,6 @@ from jaxvp.metrics import NonFiniteError
 from jaxvp.policy import bundle
 from jaxvp.rules import named_leaves
 
-SMALL = {
-    "method.video.width": 16, "method.video.ffn": 32, "method.video.layers": 2,
-    "method.video.unroll": 1, "method.taps": (0, 1), "method.text.width": 8,
-    "method.head.width": 16, "method.head.layers": 1, "method.head.heads": 2,
-    "method.video_steps": 2, "method.action_steps": 2, "data.image_size": 16,
-    "data.num_frames": 3, "data.chunk": 4, "execution_horizon": 2, "embedded": {},
-    "optimizer.warmup_steps": 1, "batch_size": 8, "log_every": 1, "validate_every": 0,
-    "validation_batches": 1, "sample_every": 0, "sample_clips": 2, "save_every": 3, "keep": 9,
-}
-
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
@@ -42,33 +30,12 @@ def dataset(tmp_path_factory):
     return str(out)
 
 
-def config_of(dataset, base=pretrain, **changes):
-    config = base.get_config()
-    for key, value in (SMALL | {"steps": 4} | changes).items():
-        with config.unlocked(), config.ignore_type():
-            *path, last = key.split(".")
-            functools.reduce(getattr, path, config)[last] = value
-    config.data.sources = ({"path": dataset},)
-    return config
-
-
-def weights(workdir, step, item="params"):
-    with ocp.StandardCheckpointer() as reader:
-        return named_leaves(reader.restore(workdir / "checkpoints" / str(step) / item))
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @contextlib.contextmanager
 def command(config, workdir, devices=8):
     """`python -m jaxvp.main` for a config, in a process that does not outlive the block."""
-    file = workdir.with_suffix(".py")
-    file.write_text("from ml_collections import ConfigDict\n\n\n"
-                    f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n")
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    line = [sys.executable, "-m", "jaxvp.main", f"--config={file}", f"--workdir={workdir}"]
+    line = [sys.executable, "-m", "jaxvp.main", f"--config={write_config(config, workdir)}",
+            f"--workdir={workdir}"]
     with subprocess.Popen(line, env={**os.environ, "XLA_FLAGS": flags}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
@@ -109,7 +76,7 @@ def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
         for name, leaf in expected.items():
             np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     a, b = (checkpoint.restore_json(workdir, "data") for workdir in (killed, straight))
-    assert a == b == {"step": steps, "batch_size": 8}
+    assert a == b and (a["step"], a["batch_size"]) == (steps, 8)
     # The same batches: the losses of every step agree, of those after the restart too.
     losses = [[(row["step"], row["loss"]) for row in rows(workdir)]
               for workdir in (killed, straight)]

@@ -155,6 +155,7 @@ class BatchIterator:
         self._batches, self._sources, self._batch_size = batches, sources, batch_size
         self._read, self._iterator = read, None
         self.spec, self.normalizers = sources[0].spec, sources[0].normalizers
+        self._digest = _digest([source.episodes for source in sources])
         self._seek(0)
 
     def __iter__(self):
@@ -165,16 +166,23 @@ class BatchIterator:
         self._step += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Where the iterator is, as JSON values; the same on every process."""
-        return {"step": self._step, "batch_size": self._batch_size}
+    def get_state(self) -> dict[str, int | str]:
+        """Where the iterator is, and in which data, as JSON values; the same on every process."""
+        return {"step": self._step, "batch_size": self._batch_size, "digest": self._digest}
 
-    def set_state(self, state: Mapping[str, int]):
+    def set_state(self, state: Mapping[str, int | str]):
         """Continues at a state, which may come from another number of processes.
 
         Raises:
-          UserError: the state is not at a multiple of this iterator's batch size.
+          UserError: the data is not what it was, or the state is not at a multiple of this
+            iterator's batch size.
         """
+        if state.get("digest") != self._digest:
+            raise UserError(
+                f"The datasets ({', '.join(str(s.episodes.folder) for s in self._sources)}) are "
+                "not those of the checkpoint: their records, or those that the sources keep, or "
+                "the sources have changed, so its place in the order of the clips means nothing. "
+                "Restore the data, or start a new run on it, with config.init_from.")
         examples = state["step"] * state["batch_size"]
         if examples % self._batch_size:
             raise UserError(
@@ -228,20 +236,54 @@ def train_iterator(
       batch_size: examples per step of all processes together.
       seed: of the order.
       process_index, process_count: which part of every batch this process makes.
-      normalizers: robot to normalizer, such as those of a checkpoint; default: `statistics`.
+      normalizers: robot to normalizer, those of a checkpoint; of the other robots: `statistics`.
 
     Raises:
       UserError: a dataset is absent, damaged or does not fit the config.
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
-    if normalizers is None:
-        normalizers = _statistics(config, list(opened.values()))
+    normalizers, notes = _known(_statistics(config, list(opened.values())), normalizers or {})
+    if process_index == 0:
+        for note in notes:
+            rich.get_console().print(note, markup=False, highlight=False, soft_wrap=True)
     clips = _clips(config, opened, normalizers)
     # A thread of Grain waits for a batch; the threads that make it are `BatchReader`'s.
     ahead = config.prefetch if config.num_threads else 0
     batches = _batches(config, clips, batch_size, seed, process_index, process_count, ahead + 2)
     read = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     return BatchIterator(batches, list(clips.values()), batch_size, read)
+
+
+def _known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
+           ) -> tuple[dict[str, Normalizer], list[str]]:
+    """The normalizers of the robots in the data, from `before` where it has them: what parameters
+    were trained with goes with them. And notes on those that the data would have changed.
+
+    Raises:
+      UserError: a robot has other dimensions than before, or is normalised in another way.
+    """
+    result, notes = {}, []
+    for robot, new in found.items():
+        old = before.get(robot)
+        if old is None:
+            result[robot] = new
+            continue
+        if old.mode != new.mode:
+            raise UserError(f"data.normalization is {new.mode!r}; the checkpoint knows {robot!r} "
+                            f"by {old.mode!r}.")
+        columns = {}
+        for column in ("action", "state"):
+            was, now = getattr(old, column), getattr(new, column)
+            if was and now and (was.names, was.units) != (now.names, now.units):
+                raise UserError(f"{column} of {robot!r} has the dimensions {now.names} in "
+                                f"{now.units}; the checkpoint knows it with {was.names} in "
+                                f"{was.units}. Give the robot another name.")
+            columns[column] = was or now
+            if was and now and was != now:
+                notes.append(f"{column} of {robot!r} is normalised as in the checkpoint, by its "
+                             f"{was.count} steps, not by the {now.count} of this data.")
+        result[robot] = Normalizer(**columns, mode=old.mode)
+    return result, notes
 
 
 def validation_batches(
@@ -327,19 +369,24 @@ def statistics(config: DataConfig) -> dict[str, Normalizer]:
 
 
 def _statistics(config: DataConfig, sources: Sequence[Episodes]) -> dict[str, Normalizer]:
-    digest = hashlib.sha256()
-    for part in sorted(episodes.digest.encode() + episodes.rows["number"].tobytes()
-                       for episodes in sources):
-        digest.update(hashlib.sha256(part).digest())
-
     def make(folder: Path):
         (folder / "statistics.json").write_text(json.dumps(_compute_statistics(sources)))
 
-    folder = cached(sources[0].folder, f"statistics-{digest.hexdigest()[:16]}-v2", make)
+    name = f"statistics-{_digest(sorted(sources, key=lambda s: _digest([s])))}-v2"
+    folder = cached(sources[0].folder, name, make)
     return {
         robot: Normalizer.from_dict(columns | {"mode": config.normalization})
         for robot, columns in json.loads((folder / "statistics.json").read_text()).items()
     }
+
+
+def _digest(sources: Sequence[Episodes]) -> str:
+    """16 hexadecimal digits of the content of these sources, in this order."""
+    digest = hashlib.sha256()
+    for episodes in sources:
+        part = episodes.digest.encode() + episodes.rows["number"].tobytes()
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
 
 
 def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:

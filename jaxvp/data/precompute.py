@@ -222,9 +222,14 @@ def _finish(folder: Path, final: Path, info, splits, shape):
     folder.rename(final)
 
 
-def write(settings):
+def start(settings):
     """What the command does with its flags."""
-    distributed.initialize()
+    with distributed.processes():
+        write(settings)
+
+
+def write(settings):
+    """Writes what the flags say."""
     config = config_lib.build(step_lib.TrainConfig, settings.config, "config")
     if settings.stride < 1:
         raise UserError(f"--stride={settings.stride} must be at least 1.")
@@ -247,7 +252,7 @@ def run():
     flags.DEFINE_integer("stride", 4, "steps from one clip to the next")
     flags.DEFINE_integer("batch_size", 16, "clips that are encoded together")
     flags.mark_flag_as_required("out")
-    command.run(write, "repeat the command to continue with the files that are missing")
+    command.run(start, "repeat the command to continue with the files that are missing")
 
 
 if __name__ == "__main__":

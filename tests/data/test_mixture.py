@@ -17,6 +17,7 @@ from jaxvp.config import build
 from jaxvp.data import array_record, mixture
 from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.errors import UserError
 
 
 def config(*folders, **changes):
@@ -111,12 +112,12 @@ def test_any_number_of_processes_sees_the_same_batches(two, tmp_path):
     }
     step = 0
     for count in (4, 1, 2, 4, 2, 1, 4):
-        state = json.loads(json.dumps({"step": step, "batch_size": 8}))
+        state = json.loads(json.dumps(reference.get_state() | {"step": step}))
         for part in parts[count]:
             part.set_state(state)
         batches = [take(part, 4) for part in parts[count]]
         step += 4
-        assert all(part.get_state() == {"step": step, "batch_size": 8} for part in parts[count])
+        assert all(part.get_state() == state | {"step": step} for part in parts[count])
         found = [{key: np.concatenate([part[n][key] for part in batches]) for key in expected[0]}
                  for n in range(4)]
         assert equal(found, expected[step - 4 : step])
@@ -132,14 +133,44 @@ def test_state_of_another_batch_size(two):
     found = np.concatenate([batch["state"] for batch in take(double, 2)])
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="12 examples, is not a multiple of batch_size 5"):
-        mixture.train_iterator(cfg, 5, seed=5).set_state({"step": 3, "batch_size": 4})
+        mixture.train_iterator(cfg, 5, seed=5).set_state(iterator.get_state())
+
+
+def test_a_state_in_other_data_is_refused(two, dataset):
+    """Records that came, sources that were exchanged or filtered: a position means nothing then."""
+    state = mixture.train_iterator(config(*two), 4, seed=5).get_state()
+    changed = config(*two), config(*reversed(two)), config(two[0])
+    mixture.train_iterator(changed[0], 4, seed=5).set_state(state)
+    for other in changed[1:]:
+        with pytest.raises(UserError, match="are not those of the checkpoint"):
+            mixture.train_iterator(other, 4, seed=5).set_state(state)
+    old = {"step": 1, "batch_size": 4}  # Of a version that did not say which data.
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
+        mixture.train_iterator(config(*two), 4, seed=5).set_state(old)
+
+
+def test_statistics_of_a_checkpoint_stay(two):
+    cfg = config(*two)
+    found = mixture.statistics(cfg)
+    robot, normalizer = next(iter(found.items()))
+    wider = dataclasses.replace(normalizer.action, max=tuple(2 * x for x in normalizer.action.max))
+    before = {robot: dataclasses.replace(normalizer, action=wider), "other": normalizer}
+    used = mixture.train_iterator(cfg, 4, seed=5, normalizers=before).normalizers
+    assert used == found | {robot: before[robot]}
+    renamed = dataclasses.replace(wider, names=tuple(f"{name}_2" for name in wider.names))
+    with pytest.raises(UserError, match="Give the robot another name"):
+        mixture.train_iterator(cfg, 4, seed=5, normalizers={
+            robot: dataclasses.replace(normalizer, action=renamed)})
+    with pytest.raises(UserError, match="data.normalization is 'min_max'; the checkpoint knows"):
+        mixture.train_iterator(cfg, 4, seed=5, normalizers={
+            robot: dataclasses.replace(normalizer, mode="quantile")})
 
 
 def test_state_is_that_of_batches_taken_not_of_those_made(two):
     iterator = mixture.train_iterator(config(*two, num_threads=2, prefetch=4), 4, seed=5)
     take(iterator, 2)
     time.sleep(0.2)
-    assert iterator.get_state() == {"step": 2, "batch_size": 4}
+    assert iterator.get_state()["step"] == 2
 
 
 def test_memory_of_batches_is_used_again_but_never_while_something_refers_to_it(dataset):
