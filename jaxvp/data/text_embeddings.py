@@ -25,6 +25,7 @@ import rich.progress
 
 from jaxvp.data import observation
 from jaxvp.errors import UserError, one_line_errors
+from jaxvp.files import find
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -60,7 +61,7 @@ class TextEmbeddings:
         index = json.loads(path.read_text())
         self.encoder, self.width = index["encoder"], index["width"]
         self.datasets = frozenset(index["datasets"])
-        self._tensors = Tensors(self.folder) if any(self.folder.glob("*.safetensors")) else {}
+        self._tensors = Tensors(self.folder) if find(self.folder, "*.safetensors") else {}
 
     def __contains__(self, text: str) -> bool:
         return _key(text) in self._tensors
