@@ -1,6 +1,8 @@
 """One way of listing: links are followed, circles end, hidden files are no data."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +109,17 @@ def test_a_few_names_for_a_message(make, tmp_path):
     make(*(f"raw/{name}" for name in "abcdefg"), "empty/")
     assert len(some(tmp_path / "raw").split(", ")) == 5
     assert some(tmp_path / "empty") == "nothing"
+
+
+# What lists folders that jaxvp itself writes, or its own modules.
+OWN = {"data_builders/build.py", "data_builders/writer.py", "jaxvp/checkpoint.py",
+       "jaxvp/data/precompute.py", "jaxvp/files.py", "jaxvp/main.py", "jaxvp/policy/bundle.py",
+       "jaxvp/train.py"}
+
+
+def test_nothing_else_lists_folders():
+    root = Path(__file__).parents[1]
+    lists = re.compile(r"\b(r?glob|iterdir|scandir|listdir)\(|\b(os|Path\w*|path|root)\.walk\(")
+    found = {path.relative_to(root).as_posix() for package in ("jaxvp", "data_builders")
+             for path in (root / package).rglob("*.py") if lists.search(path.read_text())}
+    assert found <= OWN
