@@ -3,8 +3,6 @@
 import abc
 import dataclasses
 import hashlib
-import itertools
-import os
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from data_builders import episode
 from jaxvp.errors import UserError
+from jaxvp.files import some
 
 
 class Skip(Exception):
@@ -114,10 +113,8 @@ class RawBuilder(Builder):
             parent = path.parent
             while not parent.exists():
                 parent = parent.parent
-            with os.scandir(parent) as entries:  # Lazily: it may hold a million.
-                names = sorted(entry.name for entry in itertools.islice(entries, 5))
-            found = ", ".join(names) or "nothing"
-            raise UserError(f"--raw={self.raw}: there is no {path}; {parent} has {found}.")
+            raise UserError(
+                f"--raw={self.raw}: there is no {path}; {parent} has {some(parent)}.")
         return path
 
     def view_names(self, all_cameras: Sequence[str]) -> tuple[str, ...]:

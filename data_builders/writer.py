@@ -222,6 +222,9 @@ def open_folder(builder: Builder, items: Sequence, out: Path) -> Path:
             f"{folder} is left from a build with other options or items, see {path}: "
             "repeat that build to finish it, or delete the folder."
         )
+    if not path.exists() and any(file.suffix != ".partial" for file in path.parent.glob("*")):
+        raise UserError(f"{folder} holds shards, but no {path.name} that says of which build: "
+                        "delete the folder.")
     with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         for partial in path.parent.glob("*.partial"):  # Of workers that were killed.

@@ -29,6 +29,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, json_file, video
 from data_builders.builder import Skip
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 15
 # Cameras, robot and names are those of the RLDS release in open_x/datasets.py, so that both forms
@@ -66,7 +67,7 @@ def serials(file: h5py.File) -> dict[str, str]:
 @functools.lru_cache(maxsize=1)
 def annotations(root: Path) -> dict[str, dict[str, str]]:
     """Episode id to its instructions, of the latest file of annotations; {} without one."""
-    files = sorted(root.glob("aggregated-annotations-*.json"))
+    files = find(root, "aggregated-annotations-*.json")
     return json_file.read(files[-1]) if files else {}
 
 
@@ -89,7 +90,7 @@ class Builder(builder.RawBuilder):
         """
         root = self.path()
         folders = [folder for outcome in ("success", "failure")
-                   for folder in root.glob(f"*/{outcome}/*/*")]
+                   for folder in find(root, f"*/{outcome}/*/*")]
         if not folders:
             raise UserError(
                 f"--raw={self.raw} has no <lab>/<success|failure>/<date>/<time>/trajectory.h5.")
@@ -136,7 +137,7 @@ class Builder(builder.RawBuilder):
 
     def _number(self, item: str) -> str:
         """The episode id, which is in the name of the metadata."""
-        for file in self.path(item).glob("metadata_*.json"):
+        for file in find(self.path(item), "metadata_*.json"):
             return file.stem.removeprefix("metadata_")
         raise UserError(f"{item}/metadata_<episode id>.json")
 

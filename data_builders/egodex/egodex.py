@@ -24,6 +24,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, video
 from data_builders.builder import Skip, option
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 30
 TRACKED = 0.1  # Confidences are bimodal: below 0.003, or above 0.2.
@@ -96,7 +97,7 @@ class Builder(builder.RawBuilder):
         """
         root = self.path()
         files = {file.relative_to(root).with_suffix("") for ending in ("hdf5", "mp4")
-                 for file in root.rglob(f"*/*/*.{ending}")}
+                 for file in find(root, f"**/*/*/*.{ending}")}
         if not files:
             raise UserError(f"--raw={self.raw} has no <part>/<task>/<number>.hdf5.")
         return [file.as_posix() for file in sorted(

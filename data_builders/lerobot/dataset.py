@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from data_builders import images, json_file, video
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 _measure = functools.lru_cache(maxsize=64)(video.measure)  # A file serves many episodes.
 
@@ -69,7 +70,7 @@ class Dataset:
         """Number of an episode to its row of the metadata, in order."""
         if self.packed:
             rows = []
-            for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
+            for path in find(self.root / "meta" / "episodes", "*/*.parquet"):
                 with _reading(path):
                     names = parquet.read_schema(path).names
                     columns = [name for name in names if not name.startswith("stats/")]

@@ -16,7 +16,6 @@ grippers and which values mean closed and open, and which action dimensions are 
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from data_builders import builder, episode
 from data_builders.builder import option
 from data_builders.lerobot.dataset import Dataset, Part
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,14 +193,11 @@ def _names(parts: list[Part]) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _datasets(raw: Path) -> dict[str, Dataset]:
-    found = {}
-    for folder, folders, _ in os.walk(raw):
-        folders.sort()
-        if Path(folder, "meta", "info.json").exists():
-            found[str(Path(folder).relative_to(raw))] = Dataset(Path(folder))
-            folders.clear()
+    roots = [path.parent.parent for path in find(
+        raw, "**/meta/info.json", lambda folder: not (folder / "meta/info.json").exists())]
+    found = {str(root.relative_to(raw)): Dataset(root) for root in roots}
     if not found:
-        packed = sorted(raw.rglob("*.tar.gz"))
+        packed = find(raw, "**/*.tar.gz")
         hint = f", only archives such as {packed[0]}: unpack them" if packed else ""
         raise UserError(f"--raw={raw}: no folder there or below has meta/info.json{hint}.")
     return found

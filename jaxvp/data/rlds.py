@@ -29,6 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxvp.data import array_record, record_index, tf_example
 from jaxvp.data.record_index import SPAN, BadRecord, Index, Layout
 from jaxvp.errors import UserError
+from jaxvp.files import find, some
 
 
 class BadImage(BadRecord):
@@ -124,6 +125,8 @@ def version_folder(path: str | os.PathLike) -> Path:
       UserError: there are several versions.
     """
     path = Path(path).expanduser()
+    if _unfinished(path.resolve()):
+        raise NoDataset(f"No dataset at {path}: it is an unfinished build: repeat its command.")
     if (path / "dataset_info.json").exists():
         return path
     if not path.is_dir():
@@ -131,19 +134,26 @@ def version_folder(path: str | os.PathLike) -> Path:
             f"No dataset at {path}: the folder does not exist. Build one with "
             "`python -m data_builders.build NAME --out=DIR` or correct the path."
         )
-    versions = sorted(file.parent for file in path.glob("*/dataset_info.json"))
+    versions = [file.parent for file in find(path, "*/dataset_info.json")
+                if not _unfinished(file.parent.resolve())]
     if len(versions) > 1:
         names = ", ".join(folder.name for folder in versions)
         raise UserError(f"{path} holds several versions ({names}): name one in the path.")
     if not versions:
-        unfinished = [folder.name for folder in path.glob("*.incomplete")]
-        found = f"an unfinished build ({unfinished[0]}): repeat its command" if unfinished else None
-        found = found or f"only {sorted(file.name for file in path.iterdir())[:5]}"
+        unfinished = [folder.name for folder in find(path, "*") if _unfinished(folder)]
+        found = (f"an unfinished build ({unfinished[0]}): repeat its command" if unfinished
+                 else f"only {some(path)}")
         raise NoDataset(
             f"No dataset at {path}: expected dataset_info.json there or one folder below, "
             f"found {found}."
         )
     return versions[0]
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether a folder is named as one that is being built: "1.0.0.incomplete", and TFDS's
+    "incomplete.A1B2C3_1.0.0"."""
+    return "incomplete" in folder.name.split(".")
 
 
 def splits(path: str | os.PathLike) -> tuple[str, ...]:

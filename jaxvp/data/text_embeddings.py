@@ -12,6 +12,8 @@ number of tokens of every text.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ import rich.progress
 
 from jaxvp.data import observation
 from jaxvp.errors import UserError, one_line_errors
+from jaxvp.files import find
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -60,7 +63,7 @@ class TextEmbeddings:
         index = json.loads(path.read_text())
         self.encoder, self.width = index["encoder"], index["width"]
         self.datasets = frozenset(index["datasets"])
-        self._tensors = Tensors(self.folder) if any(self.folder.glob("*.safetensors")) else {}
+        self._tensors = Tensors(self.folder) if find(self.folder, "*.safetensors") else {}
 
     def __contains__(self, text: str) -> bool:
         return _key(text) in self._tensors
@@ -104,6 +107,8 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
         datasets: Iterable[str] = ()) -> int:
     """Adds those of `texts` that `folder` lacks, a file of SHARD texts at a time.
 
+    Another process that adds to the folder at the same time waits, and then finds these there.
+
     Args:
       folder: made when it does not exist.
       texts: any number, in any order.
@@ -116,9 +121,20 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
       How many were missing.
 
     Raises:
-      UserError: the folder's embeddings are another encoder's.
+      UserError: the folder's embeddings are another encoder's, or nobody knows whose.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Some file systems have no locks.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        return _add(folder, texts, encoder, width, encode, datasets)
+
+
+def _add(folder: Path, texts, encoder, width, encode, datasets) -> int:
     path = folder / "index.json"
     index = {"encoder": encoder, "width": width, "datasets": [], "texts": {}}
     if path.exists():
@@ -127,7 +143,9 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
             raise UserError(
                 f"{folder} holds embeddings of the encoder {index['encoder']}, these weights and "
                 f"this tokenizer are {encoder}: choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
+    elif find(folder, "*.safetensors"):
+        raise UserError(f"{folder} holds safetensors, but no index.json that says of which "
+                        "encoder: choose another --out.")
     _write_index(path, index)
     there, wanted = TextEmbeddings(folder), sorted(set(texts))
     missing = [text for text in wanted if text not in there]
@@ -135,7 +153,8 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
         shard = missing[start : start + SHARD]
         arrays = {_key(text): np.asarray(array, ml_dtypes.bfloat16)
                   for text, array in zip(shard, encode(shard), strict=True)}
-        name = f"{len(list(folder.glob('*.safetensors'))):05d}.safetensors"
+        last = max((int(file.stem) for file in find(folder, "[0-9]*.safetensors")), default=-1)
+        name = f"{last + 1:05d}.safetensors"
         write_file(folder / name, {k: (a.shape, a.dtype) for k, a in arrays.items()}, arrays.get)
     there = TextEmbeddings(folder)
     index["texts"] |= {text: there._tensors[_key(text)].shape[0] for text in wanted}

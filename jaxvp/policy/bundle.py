@@ -28,6 +28,7 @@ from jaxvp.config import build
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FORMAT_VERSION = 1
 
@@ -232,7 +233,7 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
         (path / "imagine.stablehlo").write_bytes(imagine)
     if checked.text_width:
         (path / "text_embeddings").mkdir()
-        for file in epath.Path(text_embeddings).iterdir():
+        for file in map(epath.Path, find(text_embeddings, "*")):
             file.copy(path / "text_embeddings" / file.name)
     text = json.dumps(dataclasses.asdict(checked), indent=2) + "\n"
     (path / "policy.json").write_text(text)

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp.errors import UserError
+from jaxvp.files import find
 from jaxvp.rules import named_leaves
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in (
@@ -121,15 +122,15 @@ def write_file(path: str | Path, header: Mapping[str, tuple[Sequence[int], np.dt
 def _files(path: Path) -> dict[Path, list[str] | None]:
     """{file: the keys that an index places there, None without an index}."""
     if path.is_dir():
-        indices = sorted(path.glob("*.safetensors.index.json"))
+        indices = find(path, "*.safetensors.index.json")
         if len(indices) > 1:
             raise UserError(f"{path} has several indices: name one of "
                             f"{listed([i.name for i in indices])}.")
         if indices:
             return _files(indices[0])
-        files = sorted(path.glob("*.safetensors"))
+        files = find(path, "*.safetensors")
         if not files:
-            below = sorted({str(f.parent) for f in path.glob("*/*.safetensors")})
+            below = sorted({str(f.parent) for f in find(path, "*/*.safetensors")})
             hint = f"There are some in {listed(below)}." if below else _pickle_hint(path)
             raise UserError(f"{path} holds no .safetensors files. {hint}")
         return dict.fromkeys(files)
@@ -153,7 +154,7 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
 
 
 def _pickle_hint(folder: Path) -> str:
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".pt", ".bin"))
+    pickles = sorted(f.name for f in find(folder, "*") if f.suffix in (".pth", ".pt", ".bin"))
     return (f"{listed(pickles)}: pickles are never read; take the model's release in "
             "safetensors (the -Diffusers repositories have one)." if pickles else "")
 
@@ -328,7 +329,7 @@ def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9
       UserError: a parameter is not in the plan, or the plan names one that does not exist.
     """
     folder = Path(folder)
-    if folder.is_dir() and (there := sorted(f.name for f in folder.glob("*.safetensors*"))):
+    if folder.is_dir() and (there := sorted(f.name for f in find(folder, "*.safetensors*"))):
         raise UserError(f"{folder} already holds {listed(there)}: choose an empty folder.")
     leaves = named_leaves(params)
     if set(leaves) != set(plan):

@@ -16,6 +16,7 @@ from absl import flags
 
 from jaxvp import command
 from jaxvp.errors import UserError
+from jaxvp.files import find
 from jaxvp.models.transformer import SIZES, VideoTransformer
 from jaxvp.rules import named_leaves
 from jaxvp.weights import streaming
@@ -87,7 +88,7 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
         (the message names the one that fits). Before anything but headers is read.
     """
     path = Path(path)
-    if not list(path.glob("*.safetensors*")) and (path / "transformer").is_dir():
+    if not find(path, "*.safetensors*") and (path / "transformer").is_dir():
         path = path / "transformer"
     tensors = Tensors(path)
     spelling = next((s for s, key in SPELLINGS.items() if key in tensors), None)

@@ -170,6 +170,30 @@ def test_unfinished_build_is_no_dataset(tmp_path):
         Episodes(tmp_path, "train")
 
 
+@pytest.mark.parametrize("name", ["1.0.0.incomplete", "incomplete.A1B2C3_1.0.0"])
+def test_a_build_that_was_killed_before_its_last_step_is_no_dataset(make_dataset, tmp_path, name):
+    """Everything is there but the name."""
+    folder = make_dataset("killed")
+    unfinished = folder.rename(folder.with_name(name))
+    (tmp_path / "link").symlink_to(unfinished)
+    for path in unfinished.parent, unfinished, tmp_path / "link":
+        with pytest.raises(rlds.NoDataset, match="an unfinished build.*repeat its command"):
+            rlds.version_folder(path)
+    shutil.copytree(unfinished, folder)
+    assert rlds.version_folder(folder.parent) == folder
+
+
+def test_links_and_hidden_folders_beside_a_version(make_dataset):
+    folder = make_dataset("linked")
+    folder.with_name("latest").symlink_to(folder.name)
+    shutil.copytree(folder, folder.with_name("._1.0.0"))
+    assert rlds.version_folder(folder.parent) == folder
+    real = folder.rename(folder.parent.with_name("elsewhere"))
+    folder.symlink_to(real)
+    assert rlds.version_folder(folder.parent) == folder.with_name("1.0.0")
+    assert len(Episodes(folder.parent, "train")) == len(LENGTHS)
+
+
 def test_several_versions(make_dataset, tmp_path):
     folder = make_dataset("versions")
     shutil.copytree(folder, folder.with_name("2.0.0"))

@@ -1,5 +1,8 @@
 """Embeddings of texts: the folder, the command that fills it, and clips that read from it."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -78,6 +81,42 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert calls[2:] == [["c", "d"], ["e"]]
     embeddings = TextEmbeddings(tmp_path)
     assert embeddings.datasets == {"d"} and all(text in embeddings for text in "abcde")
+
+
+def test_processes_that_add_at_the_same_time_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_embeddings, "SHARD", 2)
+    first_encodes, calls = threading.Event(), []
+
+    def slow(texts):
+        calls.append(texts)
+        first_encodes.set()
+        time.sleep(0.2)
+        return encode(texts)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(add, tmp_path, "abcd", "e", 4, slow, ["d1"])
+        first_encodes.wait()
+        second = pool.submit(add, tmp_path, "cde", "e", 4, slow, ["d2"])
+        assert (first.result(), second.result()) == (4, 1)
+    assert calls == [["a", "b"], ["c", "d"], ["e"]]
+    embeddings = TextEmbeddings(tmp_path)
+    assert embeddings.datasets == {"d1", "d2"} and len(embeddings) == 5
+
+
+def test_no_file_is_written_over_and_hidden_ones_are_no_embeddings(tmp_path):
+    (tmp_path / "._00000.safetensors").write_bytes(b"of a Mac")
+    for text in "abc":
+        add(tmp_path, text, "e", 4, encode)
+    (tmp_path / "00000.safetensors").unlink()
+    assert add(tmp_path, "d", "e", 4, encode) == 1
+    assert sorted(TextEmbeddings(tmp_path)._tensors) == sorted(map(text_embeddings._key, "bcd"))
+
+
+def test_files_of_an_unknown_encoder_are_refused(tmp_path):
+    add(tmp_path, "a", "e", 4, encode)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="holds safetensors, but no index.json"):
+        add(tmp_path, "b", "e", 4, encode)
 
 
 @pytest.fixture(scope="module")

@@ -181,15 +181,15 @@ def test_a_run_is_exported(tmp_path):
 TWO_PROCESSES = """
 import sys
 from jaxvp import distributed
-distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
-import jax, numpy as np
-from jaxvp import sharding
-from jaxvp.weights import wan
-from test_wan import MODEL, sharded
-mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
-assert jax.process_count() == 2 and len(jax.local_devices()) == 4
-params, _ = wan.load(sys.argv[3], MODEL, sharded(mesh))
-wan.save(params, MODEL, sys.argv[4])
+with distributed.processes(address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])):
+    import jax, numpy as np
+    from jaxvp import sharding
+    from jaxvp.weights import wan
+    from test_wan import MODEL, sharded
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    assert jax.process_count() == 2 and len(jax.local_devices()) == 4
+    params, _ = wan.load(sys.argv[3], MODEL, sharded(mesh))
+    wan.save(params, MODEL, sys.argv[4])
 """
 
 
