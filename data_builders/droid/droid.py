@@ -28,6 +28,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, video
 from data_builders.builder import Skip
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 FPS = 15
@@ -142,5 +143,5 @@ class Builder(builder.RawBuilder):
 
     def _text(self, number: str) -> str:
         entry = annotations(self.path()).get(number, {})
-        texts = [episode.clean_text(entry.get(f"language_instruction{i}")) for i in (1, 2, 3)]
+        texts = [clean_instruction(entry.get(f"language_instruction{i}")) for i in (1, 2, 3)]
         return next(filter(None, texts), "")
