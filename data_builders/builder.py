@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders import episode
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 from jaxvp.files import some
 
@@ -145,16 +146,27 @@ class RawBuilder(Builder):
             raise Skip("not successful")
 
     def instruction(self, text: str | bytes | None) -> str:
-        """An instruction in one line.
+        """An instruction of a whole episode, see `clean_instruction`.
 
         Raises:
           Skip: there is none, and `--unlabelled=drop`.
           UserError: it is not UTF-8.
         """
-        text = episode.clean_text(text)
+        text = clean_instruction(text)
         if not text and self.unlabelled == "drop":
             raise Skip("no instruction")
         return text
+
+    def instructions(self, texts: Sequence[str | bytes | None]) -> list[str]:
+        """The instruction of every step, "" of those that have none.
+
+        Raises:
+          Skip: no step has one, and `--unlabelled=drop`.
+          UserError: one is not UTF-8.
+        """
+        cleaned = {text: clean_instruction(text) for text in dict.fromkeys(texts)}
+        self.instruction(next(filter(None, cleaned.values()), ""))
+        return [cleaned[text] for text in texts]
 
     def kept(self, length: int, fps: float, action: np.ndarray | None = None,
              relative: Sequence[bool] = ()) -> np.ndarray:

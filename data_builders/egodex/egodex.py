@@ -23,6 +23,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, video
 from data_builders.builder import Skip, option
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 from jaxvp.files import find
 
@@ -68,7 +69,7 @@ def description(file: h5py.File) -> str:
     """
     def text(name: str) -> str:
         value = file.attrs.get(name)
-        return episode.clean_text(value if isinstance(value, bytes) else str(value))
+        return clean_instruction(value if isinstance(value, bytes) else str(value))
 
     undone = text("llm_type") == "reversible" and text("which_llm_description") != "1"
     return text("llm_description2" if undone else "llm_description")

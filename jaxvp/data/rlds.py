@@ -25,9 +25,11 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import json_format
 
 from jaxvp.data import array_record, record_index, tf_example
 from jaxvp.data.record_index import SPAN, BadRecord, Index, Layout
+from jaxvp.data.text import one_line
 from jaxvp.errors import UserError
 from jaxvp.files import find, some
 
@@ -158,7 +160,26 @@ def _unfinished(folder: Path) -> bool:
 
 def splits(path: str | os.PathLike) -> tuple[str, ...]:
     """The splits of the dataset, such as ("train", "val"); raises as `version_folder`."""
-    return tuple(sorted(tfds.builder_from_directory(version_folder(path)).info.splits))
+    return tuple(sorted(read_info(version_folder(path)).splits))
+
+
+def read_info(folder: Path) -> tfds.core.DatasetInfo:
+    """What dataset_info.json and features.json of a version folder say.
+
+    Raises:
+      UserError: one of them is damaged, or describes what TFDS cannot read without TensorFlow.
+    """
+    name = "features.json"
+    try:
+        tfds.features.FeatureConnector.from_config(folder)
+        name = "dataset_info.json"
+        info = tfds.builder_from_directory(folder).info
+        for split in info.splits.values():
+            _ = split.filepaths
+    except (json_format.ParseError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise UserError(f"{folder / name} is not as TFDS writes it: "
+                        f"{one_line(str(error))[:200]}") from error
+    return info
 
 
 def cached(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
@@ -264,7 +285,7 @@ class Episodes:
             finite.
         """
         self.folder, self.split = version_folder(path), split
-        info = tfds.builder_from_directory(self.folder).info
+        info = read_info(self.folder)
         if split not in info.splits:
             raise UserError(f"{self.folder} has no split {split!r}, but {sorted(info.splits)}.")
         if info.file_format.value != "array_record":
@@ -389,6 +410,9 @@ class Episodes:
         self._latents = ("latents",) if "latents" in observation else ()
         self.names, self.units = {}, {}
         for column, feature in ("action", steps.get("action")), ("state", observation.get("state")):
+            if feature and len(feature.shape) != 1:
+                raise UserError(f"{self.folder}/features.json: {column} must be a vector, found "
+                                f"the shape {feature.shape}.")
             size = feature.shape[0] if feature else 0
             words = [word.strip() for word in (feature.doc.desc or "").split(",")] if size else []
             if len(words) != size:  # A dataset without a description of its dimensions.

@@ -7,8 +7,8 @@ encodes every unified text of the datasets, and the empty one (guidance wants it
 bfloat16 takes 11.4 GB of one device's memory, for as long as texts are missing.
 
 The folder holds safetensors of bfloat16[n, D], each of a text's n tokens, </s> included, under the
-SHA-256 of the text, and index.json: the encoder's digest, D, which datasets are complete, and the
-number of tokens of every text.
+SHA-256 of the text in one line, and index.json: the encoder's digest, D, which datasets are
+complete, and the number of tokens of every text.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import rich.console
 import rich.progress
 
 from jaxvp.data import observation
+from jaxvp.data.text import one_line
 from jaxvp.errors import UserError, one_line_errors
 from jaxvp.files import find
 from jaxvp.weights.streaming import Tensors, write_file
@@ -147,7 +148,7 @@ def _add(folder: Path, texts, encoder, width, encode, datasets) -> int:
         raise UserError(f"{folder} holds safetensors, but no index.json that says of which "
                         "encoder: choose another --out.")
     _write_index(path, index)
-    there, wanted = TextEmbeddings(folder), sorted(set(texts))
+    there, wanted = TextEmbeddings(folder), sorted(set(map(one_line, texts)))
     missing = [text for text in wanted if text not in there]
     for start in range(0, len(missing), SHARD):
         shard = missing[start : start + SHARD]
@@ -190,7 +191,7 @@ def umt5_encode(encoder, params, tokenizer) -> Callable[[Sequence[str]], list[np
 
 
 def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(one_line(text).encode()).hexdigest()  # As the tokenizer reads it.
 
 
 def _write_index(path: Path, index: dict):

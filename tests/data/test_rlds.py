@@ -353,6 +353,33 @@ def test_features_of_another_schema(make_dataset):
         Episodes(folder, "train")
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '"a"', "\x00\x01", '{"a": 1}'])
+def test_garbled_metadata_is_named_in_one_line(make_dataset, name, text):
+    folder = make_dataset("garbled")
+    (folder / name).write_text(text)
+    for read in (rlds.splits, lambda folder: Episodes(folder, "train")):
+        with pytest.raises(UserError, match=f"{name} is not as TFDS writes it: .+") as error:
+            read(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("tensor", {"shape": {"dimensions": ["x"]}}, " is not as TFDS writes it"),
+    ("tensor", {"shape": {}, "dtype": "float32", "encoding": "none"},
+     ": action must be a vector, found the shape \\(\\)"),
+    ("pythonClassName", "no.Such", " is not as TFDS writes it: Unrecognized Feature"),
+])
+def test_parts_of_features_json_that_are_garbled(make_dataset, key, value, message):
+    path = make_dataset("garbled") / "features.json"
+    features = json.loads(path.read_text())
+    steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
+    steps["featuresDict"]["features"]["action"][key] = value
+    path.write_text(json.dumps(features))
+    with pytest.raises(UserError, match=f"features.json{message}"):
+        Episodes(path.parent, "train")
+
+
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xd9"])
 def test_bad_image(data):
     with pytest.raises(rlds.BadImage, match=f"{len(data)} bytes"):

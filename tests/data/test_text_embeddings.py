@@ -37,6 +37,14 @@ def test_lookup_pads_with_zeros(tmp_path):
     assert "abc" in embeddings and "abcd" not in embeddings
 
 
+def test_white_space_makes_no_other_text(tmp_path):
+    """As the tokenizer, which cleans it."""
+    assert add(tmp_path, ["a  b\n", "a b"], "e", 4, encode) == 1
+    embeddings = TextEmbeddings(tmp_path)
+    assert " a\tb" in embeddings and embeddings.lookup("a  b", 4).tolist()[0] == [3] * 4
+    assert add(tmp_path, ["a b "], "e", 4, encode) == 0
+
+
 def test_what_lookup_refuses(tmp_path):
     with pytest.raises(UserError, match="--out=.*none`"):
         TextEmbeddings(tmp_path / "none")

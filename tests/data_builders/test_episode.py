@@ -7,22 +7,8 @@ import numpy as np
 import pytest
 from raw import jpeg, picture, seen
 
-from data_builders import builder, episode, images
+from data_builders import builder, episode, images, language
 from jaxvp.errors import UserError
-
-
-@pytest.mark.parametrize(("text", "clean"), [
-    ("  pick  up\n the cup ", "pick up the cup"),
-    (b"r\xc3\xbchren", "r\u00fchren"),
-    (None, ""), ("", ""), ("None", ""), ("NaN", ""), ("null", ""), ("nanny", "nanny"),
-])
-def test_clean_text(text, clean):
-    assert episode.clean_text(text) == clean
-
-
-def test_text_that_is_not_utf8_is_an_error():
-    with pytest.raises(ValueError, match=r"an instruction is not UTF-8: b'caf\\xe9'"):
-        episode.clean_text(b"caf\xe9")
 
 
 @pytest.mark.parametrize(("length", "fps", "wanted", "steps"), [
@@ -166,6 +152,22 @@ def test_instructions():
     assert Raw(raw="x", unlabelled="keep").instruction(None) == ""
     with pytest.raises(ValueError, match="not UTF-8"):
         Raw(raw="x", unlabelled="keep").instruction(b"\xff")
+
+
+def test_a_step_without_an_instruction_is_no_episode_without():
+    texts = [None, b" go  on ", " ", "nan", "stop"]
+    for unlabelled in ("drop", "keep"):
+        made = Raw(raw="x", unlabelled=unlabelled).instructions(texts)
+        assert made == ["", "go on", "", "", "stop"]
+    with pytest.raises(builder.Skip, match="no instruction"):
+        Raw(raw="x").instructions([None, " ", b"None"])
+    assert Raw(raw="x", unlabelled="keep").instructions([None, " "]) == ["", ""]
+
+
+def test_of_several_instructions_an_empty_one_is_not_picked():
+    picked = {language.pick(["", "a", " b\n", None, b"c"], f"{number}") for number in range(40)}
+    assert picked == {"a", "b", "c"}
+    assert [language.pick(texts, "x") for texts in (None, (), [" "], "go ")] == ["", "", "", "go"]
 
 
 def test_kept_steps_and_rate():
