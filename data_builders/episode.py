@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders.images import encode_jpeg, size
+from jaxvp.data import rates
 from jaxvp.errors import UserError
 
 # A record is parsed whole on every read, so long episodes are cut.
@@ -68,7 +69,7 @@ def clean_text(text: str | bytes | None) -> str:
 
 def resampled(length: int, fps: float, wanted: float) -> np.ndarray:
     """int[n], the steps nearest to the times k / wanted of an episode of `length` at `fps`."""
-    if wanted >= fps:
+    if rates.at_least(wanted, fps):
         return np.arange(length)
     steps = np.floor(np.arange(int(np.ceil(length * wanted / fps))) * fps / wanted + 0.5)
     return steps[steps < length].astype(np.int64)

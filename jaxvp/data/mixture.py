@@ -19,7 +19,7 @@ import numpy as np
 import rich.progress
 
 from jaxvp.config import build
-from jaxvp.data import normalize
+from jaxvp.data import normalize, rates
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
@@ -291,7 +291,7 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
         "min_views": source.min_views <= sum(
             episodes.where("camera_layout", lambda names, camera=camera: camera in names.split(","))
             for camera in cameras),
-        "min_seconds": episodes.seconds() >= source.min_seconds,
+        "min_seconds": rates.at_least(episodes.seconds(), source.min_seconds),
     }
     if source.validation_fraction:
         drawn = episodes.where("episode_id", lambda name: _draw(name) < source.validation_fraction)

@@ -238,6 +238,14 @@ def test_filters_of_a_source(make_dataset, filters, expected):
     assert counted == sum(LENGTHS[number] for number in expected)
 
 
+def test_min_seconds_of_a_fraction(make_dataset):
+    folder = make_dataset("fraction", lengths=(11, 12), fps=30000 / 1001)
+    for seconds in (12 / 29.97, 12 / 29.971):
+        episodes = mixture.open_source(cfg := config({"path": str(folder), "min_seconds": seconds}),
+                                       cfg.sources[0])
+        assert episodes.lengths.tolist() == [12]
+
+
 def test_filters_that_leave_nothing(make_dataset):
     folder = str(make_dataset("filtered", robots=("one", "two"), blind=(1, 3, 5)))
     with pytest.raises(ValueError, match="No episode of .* train is left: of 6 records robots keeps"
