@@ -21,13 +21,13 @@ import rich.progress
 from jaxvp.config import build
 from jaxvp.data import normalize, rates
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
-from jaxvp.data.normalize import Normalizer, Stats
+from jaxvp.data.normalize import Normalizer, StatsStream
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.data.rlds import BadRecord, Episodes, cached
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
 
-# Quantiles come from at most about this many steps of a robot, evenly spaced.
+# Quantiles are of at most this many steps of a robot, drawn from all.
 MAX_STATISTICS_STEPS = 2_000_000
 # Examples of a run; with sys.maxsize, Grain's own infinity, the length of batches of one overflows.
 ENDLESS = 1 << 60
@@ -335,7 +335,7 @@ def _statistics(config: DataConfig, sources: Sequence[Episodes]) -> dict[str, No
     def make(folder: Path):
         (folder / "statistics.json").write_text(json.dumps(_compute_statistics(sources)))
 
-    folder = cached(sources[0].folder, f"statistics-{digest.hexdigest()[:16]}-v2", make)
+    folder = cached(sources[0].folder, f"statistics-{digest.hexdigest()[:16]}-v3", make)
     return {
         robot: Normalizer.from_dict(columns | {"mode": config.normalization})
         for robot, columns in json.loads((folder / "statistics.json").read_text()).items()
@@ -347,8 +347,7 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
     result = {}
     for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
         records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
-        stride = 1 + sum(int(e.lengths[record]) for e, record in records) // MAX_STATISTICS_STEPS
-        rows, names = {"action": [], "state": []}, {}
+        streams: dict[str, StatsStream] = {}
         title = f"Statistics of {robot}, once"
         for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
             try:
@@ -357,23 +356,32 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
                 columns = ("action", actions), ("state", steps.state)
             except BadRecord:  # Training counts it when it meets it.
                 continue
+            keys = _keys(episodes, record)
             for column, values in columns:
                 if values is None:
                     continue
                 found = episodes.names[column], episodes.units[column]
-                if names.setdefault(column, found) != found:
+                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
+                if (stream.names, stream.units) != found:
                     raise UserError(
-                        f"Robot {robot!r} has {column} {names[column]} in one dataset and {found} "
-                        f"in {episodes.folder}: give them different robot names."
+                        f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
+                        f"and {found} in {episodes.folder}: give them different robot names."
                     )
-                rows[column].append(values[::stride])
+                stream.add(values, keys)
         result[robot] = {
-            column: dataclasses.asdict(Stats.of(np.concatenate(parts), *names[column]))
-            if parts
-            else None
-            for column, parts in rows.items()
+            column: dataclasses.asdict(streams[column].result()) if column in streams else None
+            for column in ("action", "state")
         }
     return result
+
+
+def _keys(episodes: Episodes, record: int) -> np.ndarray:
+    """uint64[L], a random number of each step of a record: always the same for the same step of an
+    episode, whatever record and file it is in."""
+    name = f"{episodes.text('dataset', record)}/{episodes.text('episode_id', record)}"
+    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+    bits.advance(int(episodes.offsets[record]))
+    return bits.random_raw(int(episodes.lengths[record]))
 
 
 def clip_spec(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxvp.data.normalize import Normalizer, Stats
+from jaxvp.data.normalize import Normalizer, Stats, StatsStream
 
 
 @pytest.fixture
@@ -29,6 +29,33 @@ def test_statistics_are_those_of_numpy(values):
     np.testing.assert_allclose(found.std, values.std(0))
     np.testing.assert_allclose(found.q01, np.quantile(values, 0.01, axis=0))
     np.testing.assert_allclose(found.q99, np.quantile(values, 0.99, axis=0))
+
+
+def test_statistics_in_parts_are_those_of_the_whole(values):
+    """Whatever the order and the size of the parts; a mean that is large beside what varies."""
+    values = (values + [0, 1e4, 0, 0]).astype(np.float32)
+    keys = np.random.default_rng(1).integers(0, 2**64, len(values), np.uint64)
+    order = np.random.default_rng(2).permutation(len(values))
+
+    def streamed(sample, order, size):
+        stream = StatsStream([f"d{i}" for i in range(4)], [""] * 4, sample)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            stream.add(values[part], keys[part])
+        return stream.result()
+
+    whole, there = stats(values.astype(np.float64)), np.arange(len(values))
+    for sample in (len(values), 100):
+        parts = [streamed(sample, there, 500), streamed(sample, there[::-1], 7),
+                 streamed(sample, order, 64)]
+        for found in parts:
+            assert (found.count, found.min, found.max) == (500, whole.min, whole.max)
+            np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
+            np.testing.assert_allclose(found.std, whole.std, rtol=1e-9, atol=1e-12)
+            assert (found.q01, found.q99) == (parts[0].q01, parts[0].q99)
+    assert streamed(500, order, 7).q99 == whole.q99
+    drawn = np.quantile(values[np.argsort(keys)[:100]].astype(np.float64), 0.99, axis=0)
+    np.testing.assert_array_equal(parts[0].q99, drawn)
 
 
 @pytest.mark.parametrize("column", ["action", "state"])
