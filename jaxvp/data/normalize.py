@@ -12,6 +12,10 @@ from jaxvp.errors import UserError
 MODES = ("min_max", "quantile")
 # A dimension that moves less than this, in its own unit, is constant: an arm that is not used.
 CONSTANT = 1e-6
+# A dimension whose quantiles are closer than this share of its range is nearly constant.
+NEARLY_CONSTANT = 0.01
+# States that are farther from the data than this, where the data is in [-1, 1], look the same.
+STATE_LIMIT = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,9 @@ class Stats:
         """float64 (low, high) that map to -1 and 1; low == high for a constant dimension."""
         low, high = np.asarray(self.min), np.asarray(self.max)
         if mode == "quantile":
-            # A gripper that is closed 99 % of the time has no spread between quantiles, but a task.
+            # Of a gripper that is closed 99 % of the time, noise is all that the quantiles span.
             q01, q99 = np.asarray(self.q01), np.asarray(self.q99)
-            spread = q99 - q01 >= CONSTANT
+            spread = q99 - q01 >= np.maximum(CONSTANT, NEARLY_CONSTANT * (high - low))
             low, high = np.where(spread, q01, low), np.where(spread, q99, high)
         return low, np.where(high - low < CONSTANT, low, high)
 
@@ -145,7 +149,8 @@ class Normalizer:
 
     Attributes:
       action, state: their statistics; None for a column that the data lacks.
-      mode: "min_max" maps the range to [-1, 1], "quantile" the quantiles 0.01 and 0.99.
+      mode: "min_max" maps the range to [-1, 1], "quantile" the quantiles 0.01 and 0.99; the range
+        of a nearly constant dimension, whose rare moves are outside of the quantiles.
     """
 
     action: Stats | None
@@ -175,8 +180,9 @@ class Normalizer:
           values: float[..., A] or float[..., S].
 
         Returns:
-          float32 of the same shape. Constant dimensions are 0. Actions are clipped to [-1, 1];
-          states are not, since a policy should see that it is outside of its data.
+          float32 of the same shape. Constant dimensions are 0. Actions are clipped to [-1, 1],
+          states to [-STATE_LIMIT, STATE_LIMIT]: a policy should see that it is outside of its
+          data, and a joint that has always held still should not become thousands.
 
         Raises:
           UserError: the column has no statistics, or another number of dimensions.
@@ -184,7 +190,8 @@ class Normalizer:
         low, high = self._bounds(column, values)
         span = np.where(high > low, high - low, 1.0)
         result = np.where(high > low, 2.0 * (values - low) / span - 1.0, 0.0)
-        return (np.clip(result, -1, 1) if column == "action" else result).astype(np.float32)
+        limit = 1.0 if column == "action" else STATE_LIMIT
+        return np.clip(result, -limit, limit).astype(np.float32)
 
     def unnormalize(self, column: str, values: np.ndarray) -> np.ndarray:
         """[-1, 1] to SI units, float32; the inverse of `normalize`, with the same arguments.
