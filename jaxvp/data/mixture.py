@@ -81,7 +81,8 @@ class DataConfig:
       chunk: P, number of actions, at the rate of the dataset.
       image_size: H = W, or (H, W), of every view.
       source_size: the same as they are loaded, to be resized on the device; 0: image_size.
-      crop: side of the part that training shows of each view, in shares; 1.0: all of it.
+      crop: side of the part that is shown of each view, in shares: in training one that is drawn
+        anew for every clip, elsewhere (validation, samples, bundles) the middle; 1.0: all of it.
       latents: (t, h, w, c) when the sources hold latents, see jaxvp.data.precompute.
       cameras: the V views; default: those of the layout.
       layout: a name in `observation.LAYOUTS`.
@@ -129,6 +130,9 @@ class DataConfig:
             )
         if not 0 < self.crop <= 1:
             raise UserError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
+        if self.crop < 1 and self.latents:
+            raise UserError(f"data.crop is {self.crop}, but data.latents are of whole pictures, of "
+                            "which no part can be shown: set data.crop=1.0 or data.latents=().")
         for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
             if not getattr(self, name) > 0:
                 raise UserError(f"data.{name} must be positive, found {getattr(self, name)}.")

@@ -406,6 +406,7 @@ def test_bad_configs(dataset):
         ({"layout": "bimanal"}, "data.layout is 'bimanal'; there are single"),
         ({"normalization": "z"}, "data.normalization is 'z'"),
         ({"fps": 0}, "data.fps must be positive, found 0"),
+        ({"crop": 0.8, "latents": (2, 8, 8, 16)}, "crop is 0.8, but data.latents are of whole pic"),
     ):
         with pytest.raises(ValueError, match=message):
             config(dataset, **changes)

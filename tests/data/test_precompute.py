@@ -154,6 +154,8 @@ def test_images_are_no_latents(stored):
         mixture.train_iterator(plain(config_of(stored[0], latents=LATENTS)).data, 4, 0)
     with pytest.raises(ValueError, match="config.data.latents is set"):
         precompute.Encoder(plain(config_of(stored[0], latents=LATENTS)), 8)
+    with pytest.raises(ValueError, match="crop is 0.8, but latents are of whole pictures"):
+        precompute.Encoder(plain(config_of(stored[0], crop=0.8)), 8)
 
 
 def test_the_command(dataset, tmp_path):
