@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders import episode
+from jaxvp.data import rates
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 from jaxvp.files import some
@@ -140,7 +141,7 @@ class RawBuilder(Builder):
             raise UserError("the episode has no steps")
         if views < self.min_views:
             raise Skip(f"fewer than {self.min_views} views")
-        if length / fps < self.min_seconds:
+        if not rates.at_least(length / fps, self.min_seconds):
             raise Skip(f"shorter than {self.min_seconds:g} s")
         if not success and self.failed == "drop":
             raise Skip("not successful")
@@ -191,4 +192,4 @@ class RawBuilder(Builder):
 
     def rate(self, fps: float) -> float:
         """Steps per second of what is stored."""
-        return min(self.fps, fps) if self.fps else fps
+        return self.fps if self.fps and not rates.at_least(self.fps, fps) else fps

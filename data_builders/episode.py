@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders.images import encode_jpeg, size
+from jaxvp.data import rates
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
@@ -59,7 +60,7 @@ def cameras(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
 
 def resampled(length: int, fps: float, wanted: float) -> np.ndarray:
     """int[n], the steps nearest to the times k / wanted of an episode of `length` at `fps`."""
-    if wanted >= fps:
+    if rates.at_least(wanted, fps):
         return np.arange(length)
     steps = np.floor(np.arange(int(np.ceil(length * wanted / fps))) * fps / wanted + 0.5)
     return steps[steps < length].astype(np.int64)

@@ -96,7 +96,7 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
     @functools.partial(jax.jit, out_shardings=everywhere)
     def score(params, clip, number):
         keys = step_lib.clip_keys(config.seed, number, config.batch_size)
-        clip = augment.fit(clip, batches.spec)
+        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
         loss, parts = method.loss(params, clip, keys, config.stage)
         return {"loss": loss, **parts}
 
@@ -104,7 +104,7 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
     def imagine(params, clip, number):
         """The canvas of every clip, and how the method goes on from its first frame."""
         keys = step_lib.clip_keys(config.seed, number, len(clip["text"]))
-        clip = augment.fit(clip, batches.spec)
+        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
         return method.shown(params, clip), method.imagine(params, observe(clip), keys)
 
     def put(number):

@@ -16,6 +16,7 @@ from data_builders.tabletop.tabletop import Builder
 from jaxvp import checkpoint, export, train
 from jaxvp import step as step_lib
 from jaxvp.config import ConfigError
+from jaxvp.data import augment, mixture
 from jaxvp.errors import UserError
 from jaxvp.metrics import NonFiniteError
 from jaxvp.policy import bundle
@@ -113,6 +114,39 @@ def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, t
     assert policy.imagine(seen, np.asarray(keys)).shape == (3, 3, 24, 16, 3)
     with pytest.raises(ValueError, match="--robot=aloha"):
         export.export(tmp_path / "action", tmp_path / "other", 2, "aloha")
+
+
+def test_a_run_on_crops_is_validated_and_exported_on_the_middle(dataset, tmp_path):
+    """24 of 32 pixels are shown; the loader has enlarged pictures of 16."""
+    config = config_of(dataset, steps=2, validate_every=2, **{
+        "stage": "joint", "data.crop": 0.75, "data.source_size": 32, "method.video_steps": 1,
+        "method.action_steps": 1})
+    train.train(config, tmp_path / "run")
+    export.export(tmp_path / "run", tmp_path / "bundle", batch_size=2)
+    config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
+    clip = mixture.validation_batches(config.data, 8, 1)[0]
+    assert clip["video"].shape[3:5] == (32, 32)
+    spec = mixture.clip_spec(config.data, mixture.statistics(config.data))
+    method, params = step_lib.make_method(config, spec), checkpoint.restore_params(tmp_path / "run")
+    middle = augment.fit({**clip, "video": clip["video"][..., 4:28, 4:28, :]}, spec)
+
+    @jax.jit
+    def loss(clip):
+        return method.loss(params, clip, step_lib.clip_keys(config.seed, 0, 8), "joint")[0]
+
+    found = rows(tmp_path / "run")[-1]["validation_loss"]
+    np.testing.assert_allclose(found, loss(middle), rtol=1e-4)
+    assert abs(found - loss(augment.fit(clip, spec))) > 1e-3 * found
+
+    policy, keys = bundle.load(tmp_path / "bundle"), jax.random.split(jax.random.key(0), 8)
+    assert policy.manifest.image_size == (32, 32)
+    actions = policy.act(train.observe(clip), np.asarray(jax.random.key_data(keys)))
+    expected = jax.jit(method.act)(params, train.observe(middle), keys)
+    np.testing.assert_allclose(actions, expected, atol=1e-3)
+    frames = policy.imagine(train.observe(clip), np.asarray(jax.random.key_data(keys)))[:, 0]
+    off = [np.abs(frames - np.float32(method.shown(params, seen)[:, 0])).mean()
+           for seen in (middle, augment.fit(clip, spec))]
+    assert off[0] < 0.5 < off[1]
 
 
 def test_eight_devices_train_as_one(dataset, tmp_path):

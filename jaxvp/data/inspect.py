@@ -206,7 +206,7 @@ def facts(episodes: Episodes, cameras: Mapping[str, str | None]) -> dict:
         "episodes": count(episodes),
         "hours": float((episodes.lengths / episodes.fps).sum() / 3600),
         "frames": int(episodes.lengths.sum()),
-        "fps": " – ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1]))),
+        "fps": " – ".join(dict.fromkeys(f"{rate:g}" for rate in (rates[0], rates[-1]))),
         "robots": list(texts("robot")),
         "camera_texts": list(texts("camera_text")),
         "views": [(view, camera, share(camera)) for view, camera in cameras.items()],

@@ -19,15 +19,15 @@ import numpy as np
 import rich.progress
 
 from jaxvp.config import build
-from jaxvp.data import normalize
+from jaxvp.data import normalize, rates
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
-from jaxvp.data.normalize import Normalizer, Stats
+from jaxvp.data.normalize import Normalizer, StatsStream
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.data.rlds import BadRecord, Episodes, cached
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
 
-# Quantiles come from at most about this many steps of a robot, evenly spaced.
+# Quantiles are of at most this many steps of a robot, drawn from all.
 MAX_STATISTICS_STEPS = 2_000_000
 # Examples of a run; with sys.maxsize, Grain's own infinity, the length of batches of one overflows.
 ENDLESS = 1 << 60
@@ -81,7 +81,8 @@ class DataConfig:
       chunk: P, number of actions, at the rate of the dataset.
       image_size: H = W, or (H, W), of every view.
       source_size: the same as they are loaded, to be resized on the device; 0: image_size.
-      crop: side of the part that training shows of each view, in shares; 1.0: all of it.
+      crop: side of the part that is shown of each view, in shares: in training one that is drawn
+        anew for every clip, elsewhere (validation, samples, bundles) the middle; 1.0: all of it.
       latents: (t, h, w, c) when the sources hold latents, see jaxvp.data.precompute.
       cameras: the V views; default: those of the layout.
       layout: a name in `observation.LAYOUTS`.
@@ -129,6 +130,9 @@ class DataConfig:
             )
         if not 0 < self.crop <= 1:
             raise UserError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
+        if self.crop < 1 and self.latents:
+            raise UserError(f"data.crop is {self.crop}, but data.latents are of whole pictures, of "
+                            "which no part can be shown: set data.crop=1.0 or data.latents=().")
         for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
             if not getattr(self, name) > 0:
                 raise UserError(f"data.{name} must be positive, found {getattr(self, name)}.")
@@ -333,7 +337,7 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
         "min_views": source.min_views <= sum(
             episodes.where("camera_layout", lambda names, camera=camera: camera in names.split(","))
             for camera in cameras),
-        "min_seconds": episodes.seconds() >= source.min_seconds,
+        "min_seconds": rates.at_least(episodes.seconds(), source.min_seconds),
     }
     if source.validation_fraction:
         drawn = episodes.where("episode_id", lambda name: _draw(name) < source.validation_fraction)
@@ -372,7 +376,7 @@ def _statistics(config: DataConfig, sources: Sequence[Episodes]) -> dict[str, No
     def make(folder: Path):
         (folder / "statistics.json").write_text(json.dumps(_compute_statistics(sources)))
 
-    name = f"statistics-{_digest(sorted(sources, key=lambda s: _digest([s])))}-v2"
+    name = f"statistics-{_digest(sorted(sources, key=lambda s: _digest([s])))}-v3"
     folder = cached(sources[0].folder, name, make)
     return {
         robot: Normalizer.from_dict(columns | {"mode": config.normalization})
@@ -394,8 +398,7 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
     result = {}
     for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
         records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
-        stride = 1 + sum(int(e.lengths[record]) for e, record in records) // MAX_STATISTICS_STEPS
-        rows, names = {"action": [], "state": []}, {}
+        streams: dict[str, StatsStream] = {}
         title = f"Statistics of {robot}, once"
         for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
             try:
@@ -404,23 +407,32 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
                 columns = ("action", actions), ("state", steps.state)
             except BadRecord:  # Training counts it when it meets it.
                 continue
+            keys = _keys(episodes, record)
             for column, values in columns:
                 if values is None:
                     continue
                 found = episodes.names[column], episodes.units[column]
-                if names.setdefault(column, found) != found:
+                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
+                if (stream.names, stream.units) != found:
                     raise UserError(
-                        f"Robot {robot!r} has {column} {names[column]} in one dataset and {found} "
-                        f"in {episodes.folder}: give them different robot names."
+                        f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
+                        f"and {found} in {episodes.folder}: give them different robot names."
                     )
-                rows[column].append(values[::stride])
+                stream.add(values, keys)
         result[robot] = {
-            column: dataclasses.asdict(Stats.of(np.concatenate(parts), *names[column]))
-            if parts
-            else None
-            for column, parts in rows.items()
+            column: dataclasses.asdict(streams[column].result()) if column in streams else None
+            for column in ("action", "state")
         }
     return result
+
+
+def _keys(episodes: Episodes, record: int) -> np.ndarray:
+    """uint64[L], a random number of each step of a record: always the same for the same step of an
+    episode, whatever record and file it is in."""
+    name = f"{episodes.text('dataset', record)}/{episodes.text('episode_id', record)}"
+    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+    bits.advance(int(episodes.offsets[record]))
+    return bits.random_raw(int(episodes.lengths[record]))
 
 
 def clip_spec(

@@ -59,6 +59,9 @@ class Encoder:
         if config.data.latents:
             raise config_lib.ConfigError("config.data.latents is set: give the config of the "
                                          "pictures that the latents are of.")
+        if config.data.crop < 1:
+            raise config_lib.ConfigError(f"config.data.crop is {config.data.crop}, but latents are "
+                                         "of whole pictures: set it to 1.0, here and in training.")
         self.spec = spec = mixture.clip_spec(config.data)
         method = step_lib.make_method(config, dataclasses.replace(
             spec, action_size=spec.action_size or 1, state_size=spec.state_size or 1))

@@ -44,7 +44,8 @@ class Manifest:
       layout: a name in `observation.LAYOUTS`, whose V views the policy sees.
       cameras: for each view the camera of an observation that it shows, None for a view that the
         robot lacks.
-      image_size: (H, W) of a view.
+      image_size: (H, W) of a view as it is observed; what `act` does with it (the central part
+        that a policy trained on parts of the picture sees) is inside of `act`.
       image_orientation: "upright", the top row first.
       text_length: M; text_width: D of embedded text, 0 when text is bytes.
       fps: control steps, that is actions, per second; video_fps: frames per second of `imagine`.

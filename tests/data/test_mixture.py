@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 
 import jax.numpy as jnp
@@ -269,6 +268,14 @@ def test_filters_of_a_source(make_dataset, filters, expected):
     assert counted == sum(LENGTHS[number] for number in expected)
 
 
+def test_min_seconds_of_a_fraction(make_dataset):
+    folder = make_dataset("fraction", lengths=(11, 12), fps=30000 / 1001)
+    for seconds in (12 / 29.97, 12 / 29.971):
+        episodes = mixture.open_source(cfg := config({"path": str(folder), "min_seconds": seconds}),
+                                       cfg.sources[0])
+        assert episodes.lengths.tolist() == [12]
+
+
 def test_filters_that_leave_nothing(make_dataset):
     folder = str(make_dataset("filtered", robots=("one", "two"), blind=(1, 3, 5)))
     with pytest.raises(ValueError, match="No episode of .* train is left: of 6 records robots keeps"
@@ -354,13 +361,40 @@ def test_statistics_leave_out_what_is_damaged(make_dataset):
     assert iterator.bad_records == 1
 
 
-def test_statistics_per_robot_and_of_a_subset(two, monkeypatch):
+def test_statistics_per_robot(two):
     assert set(mixture.statistics(config(*two))) == {"robot a", "robot b"}
-    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", 10)
-    for folder in two:
-        for stored in (folder / ".jaxvp").glob("statistics-*"):
-            shutil.rmtree(stored)
-    assert 5 <= mixture.statistics(config(*two))["robot a"].action.count <= 20
+
+
+@pytest.mark.parametrize("limit", [2, 8, 40])
+def test_only_quantiles_are_of_a_sample(make_dataset, monkeypatch, limit):
+    """The largest values come late, in records that are shorter than the distance of samples."""
+    lengths = tuple(range(3, 20))
+    rows = np.stack([action(number, step) for number, length in enumerate(lengths)
+                     for step in range(length)]).astype(np.float64)
+    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", limit)
+    found = mixture.statistics(config(make_dataset("many", lengths=lengths)))["test robot"].action
+    assert found.count == len(rows)
+    assert (found.min, found.max) == (tuple(rows.min(0)), tuple(rows.max(0)))
+    np.testing.assert_allclose(found.mean, rows.mean(0))
+    np.testing.assert_allclose(found.std, rows.std(0), atol=1e-12)
+    if limit == 40:  # Of 187 steps.
+        ranks = np.searchsorted(np.sort(rows[:, 1]), (found.q01[1], found.q99[1])) / len(rows)
+        assert ranks[0] < 0.06 and ranks[1] > 0.9
+
+
+def test_a_sample_does_not_depend_on_records_and_sources(make_dataset, monkeypatch):
+    """Episodes that are cut into other records, and sources in another order."""
+    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", 30)
+    folders = [make_dataset(name, max_steps=steps) for name, steps in (("a", 600), ("b", 4))]
+    other = make_dataset("other", lengths=(30,))
+    opened = [[mixture.open_source(cfg := config(path), cfg.sources[0]) for path in paths]
+              for paths in ((folders[0], other), (other, folders[0]), (other, folders[1]))]
+    first, *others = [mixture._compute_statistics(sources)["test robot"]["action"]
+                      for sources in opened]
+    for found in others:
+        for name, value in first.items():
+            if name not in ("names", "units"):
+                np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_video_without_actions_joins_a_mixture(dataset, make_dataset):
@@ -403,6 +437,7 @@ def test_bad_configs(dataset):
         ({"layout": "bimanal"}, "data.layout is 'bimanal'; there are single"),
         ({"normalization": "z"}, "data.normalization is 'z'"),
         ({"fps": 0}, "data.fps must be positive, found 0"),
+        ({"crop": 0.8, "latents": (2, 8, 8, 16)}, "crop is 0.8, but data.latents are of whole pic"),
     ):
         with pytest.raises(ValueError, match=message):
             config(dataset, **changes)

@@ -211,11 +211,18 @@ def test_latents_of_other_clips_are_refused(stored, changes, message):
         mixture.train_iterator(plain(config_of(stored[1], **changes)).data, 4, 0)
 
 
+def test_latents_of_the_same_rate_are_taken(stored):
+    config = plain(config_of(stored[1], latents=LATENTS, fps=5.0 * (1 + 1e-6)))
+    assert next(mixture.train_iterator(config.data, 4, 0))["latents"].shape == (4, *LATENTS)
+
+
 def test_images_are_no_latents(stored):
     with pytest.raises(ValueError, match=r"holds images, so data.latents must be \(\)"):
         mixture.train_iterator(plain(config_of(stored[0], latents=LATENTS)).data, 4, 0)
     with pytest.raises(ValueError, match="config.data.latents is set"):
         precompute.Encoder(plain(config_of(stored[0], latents=LATENTS)), 8)
+    with pytest.raises(ValueError, match="crop is 0.8, but latents are of whole pictures"):
+        precompute.Encoder(plain(config_of(stored[0], crop=0.8)), 8)
 
 
 def test_the_command(dataset, tmp_path):

@@ -19,6 +19,7 @@ from jaxvp.errors import UserError
     (8, 30, 20, [0, 2, 3, 5, 6]),
     (1, 30, 1, [0]),
     (30, 29.97, 9.99, [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
+    (9000, 30.002, 30, list(range(9000))),
 ])
 def test_resampled(length, fps, wanted, steps):
     found = episode.resampled(length, fps, wanted)
@@ -143,6 +144,10 @@ def test_filters():
     with pytest.raises(ValueError, match="the episode has no steps"):
         raw.admit(0, 10, 2)
     Raw(raw="x", failed="keep").admit(1, 10, 1, False)
+    ntsc = Raw(raw="x", min_seconds=128 / 29.97)  # 1e-6 more than 128 frames of it last.
+    ntsc.admit(128, 30000 / 1001, 1)
+    with pytest.raises(builder.Skip, match="shorter than 4.27094 s"):
+        ntsc.admit(127, 30000 / 1001, 1)
 
 
 def test_instructions():
@@ -177,6 +182,8 @@ def test_kept_steps_and_rate():
     slow = Raw(raw="x", fps=10)
     assert slow.kept(12, 30, action, [True, False]).tolist() == [0, 3, 6, 9]
     assert (slow.rate(30), slow.rate(5), Raw(raw="x").rate(30)) == (10, 5, 30)
+    assert Raw(raw="x", fps=29.97).rate(30000 / 1001) == 30000 / 1001
+    assert Raw(raw="x", fps=29.97).rate(30) == 29.97
     still = Raw(raw="x", fps=10, noops="drop")
     assert still.kept(12, 30, action, [True, False]).tolist() == [6, 9]
     assert still.kept(12, 30).tolist() == [0, 3, 6, 9], "without actions nothing is known"
