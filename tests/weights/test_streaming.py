@@ -231,7 +231,7 @@ def test_a_header_of_something_else_is_refused(tmp_path, header):
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "F6_E2M3", "C64", "F33"])
 def test_a_dtype_that_is_not_supported_is_named(tmp_path, dtype):
     file = header_file(tmp_path / "a.safetensors", HEADER | {"a": HEADER["a"] | {"dtype": dtype}})
-    with pytest.raises(UserError, match=f"holds a as {dtype}, a dtype that is not supported; .* F3"):
+    with pytest.raises(UserError, match=f"holds a as {dtype}, a dtype that is not supported;"):
         Tensors(file)
 
 
