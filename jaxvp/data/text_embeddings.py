@@ -29,6 +29,7 @@ from jaxvp.data import observation
 from jaxvp.data.text import one_line
 from jaxvp.errors import UserError, one_line_errors
 from jaxvp.files import find
+from jaxvp.weights.model_config import read_json
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -52,8 +53,7 @@ class TextEmbeddings:
         """Opens `folder`, reading headers only.
 
         Raises:
-          UserError: it holds no embeddings.
-          UserError: a file is damaged.
+          UserError: it holds no embeddings, or a file is damaged.
         """
         self.folder = Path(folder)
         path = self.folder / "index.json"
@@ -61,7 +61,7 @@ class TextEmbeddings:
             raise UserError(
                 f"No text embeddings at {folder}: there is no index.json. Make them with "
                 f"`{COMMAND.format(folder=folder)}`.")
-        index = json.loads(path.read_text())
+        index = _read_index(path)
         self.encoder, self.width = index["encoder"], index["width"]
         self.datasets = frozenset(index["datasets"])
         self._tensors = Tensors(self.folder) if find(self.folder, "*.safetensors") else {}
@@ -90,6 +90,19 @@ class TextEmbeddings:
         result = np.zeros((length, self.width), ml_dtypes.bfloat16)
         result[:tokens] = tensor[()]
         return result
+
+
+def lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file, as they are; only a new line ends one, not U+2028 and the like.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")  # Without the mark that some editors begin with.
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}.") from error
+    return text.removesuffix("\n").split("\n")
 
 
 def texts_of(episodes) -> set[str]:
@@ -139,7 +152,7 @@ def _add(folder: Path, texts, encoder, width, encode, datasets) -> int:
     path = folder / "index.json"
     index = {"encoder": encoder, "width": width, "datasets": [], "texts": {}}
     if path.exists():
-        index = json.loads(path.read_text())
+        index = _read_index(path)
         if index["encoder"] != encoder:
             raise UserError(
                 f"{folder} holds embeddings of the encoder {index['encoder']}, these weights and "
@@ -194,9 +207,19 @@ def _key(text: str) -> str:
     return hashlib.sha256(one_line(text).encode()).hexdigest()  # As the tokenizer reads it.
 
 
+def _read_index(path: Path) -> dict:
+    index = read_json(path)
+    kinds = {"encoder": str, "width": int, "datasets": list, "texts": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(index.get(key), kind)]:
+        raise UserError(f"{path} is not an index of text embeddings: expected {wrong[0]} of type "
+                        f"{kinds[wrong[0]].__name__}, found {index.get(wrong[0])!r:.200}.")
+    return index
+
+
 def _write_index(path: Path, index: dict):
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    partial.write_text(text, "utf-8")
     partial.replace(path)
 
 
@@ -235,7 +258,7 @@ def run(arguments: Sequence[str] | None = None):
             if episodes.digest not in complete:
                 texts |= texts_of(episodes)
     if options.texts:
-        texts.update(Path(options.texts).read_text().splitlines())
+        texts.update(lines(options.texts))
     for text in texts:  # A text that is too long fails before the weights are read.
         tokenizer.encode(text)
 

@@ -56,6 +56,29 @@ def test_what_lookup_refuses(tmp_path):
         embeddings.lookup("abc", 2)
 
 
+def test_an_index_that_is_damaged_is_refused(tmp_path):
+    add(tmp_path, ["abc"], "e", 4, encode)
+    for text, message in (("{", "is not JSON"), ("[]", "holds a list"), ('{"encoder": "e"}',
+                          "expected width of type int, found None")):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(UserError, match=f"index.json .*{message}"):
+            TextEmbeddings(tmp_path)
+        with pytest.raises(UserError, match=f"index.json .*{message}"):
+            add(tmp_path, ["d"], "e", 4, encode)
+
+
+def test_only_a_new_line_ends_a_text(tmp_path):
+    """What other programs write into one line stays one: a U+2028, a form feed, a next line."""
+    texts = ["lift\u2028the plate", "a\x0cb\x0bc\x85d\x1ce\u2029f", "  spaces  ", "", "Würfel"]
+    (tmp_path / "unix").write_text("\n".join(texts) + "\n", "utf-8")
+    (tmp_path / "dos").write_bytes(("\ufeff" + "\r\n".join(texts)).encode())
+    assert text_embeddings.lines(tmp_path / "unix") == texts
+    assert text_embeddings.lines(tmp_path / "dos") == texts
+    (tmp_path / "latin").write_bytes("Würfel".encode("latin-1"))
+    with pytest.raises(UserError, match="latin is not text in UTF-8"):
+        text_embeddings.lines(tmp_path / "latin")
+
+
 def test_only_missing_texts_are_encoded(tmp_path):
     seen = []
 
