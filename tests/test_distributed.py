@@ -66,7 +66,23 @@ def roll_call(address, *processes, count=3, timeout=1):
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def made(monkeypatch):
+    """`Lifeline`, but that nobody is missed after the test: its thread would end this process."""
+    lifelines = []
+
+    def make(*arguments, **keywords):
+        lifelines.append(lifeline.Lifeline(*arguments, **keywords))
+        return lifelines[-1]
+
+    monkeypatch.setattr(distributed, "Lifeline", make)
+    yield make
+    for each in lifelines:
+        each._expected = set()
+        each._done.update(range(8))
+
+
+@pytest.fixture
+def lines(monkeypatch, made):
     """What lifelines have told their process; here they do not end it."""
     told = []
     monkeypatch.setattr(lifeline.Lifeline, "_gone", lambda self, number, why: told.append(
@@ -74,7 +90,7 @@ def lines(monkeypatch):
     return told
 
 
-def test_when_all_are_there_all_go(address):
+def test_when_all_are_there_all_go(address, made):
     assert roll_call(address, 2, 1, 0) == [None, None, None]
     assert roll_call(address, 1, 0, 2) == [None, None, None]  # The port is free at once.
 
@@ -85,12 +101,12 @@ def test_when_all_are_there_all_go(address):
     ((1,), "process 0 did not answer"),
     ((0, 1, 1), "process 2 did not start; process 1 came twice"),
 ])
-def test_who_is_missing_is_named(address, processes, missing):
+def test_who_is_missing_is_named(address, made, processes, missing):
     for number, told in zip(processes, roll_call(address, *processes), strict=True):
         assert told.startswith(f"Process {number} of 3 waited 1 s at {address}: {missing}")
 
 
-def test_strangers_do_not_disturb_the_roll_call(address):
+def test_strangers_do_not_disturb_the_roll_call(address, made):
     """Bytes of somebody else, a connection that is reset, and one that says nothing."""
     with ThreadPoolExecutor() as pool:
         first = pool.submit(roll_call, address, 0, count=2, timeout=20)
@@ -112,7 +128,7 @@ def connect(host, port):
         time.sleep(0.01)
 
 
-def test_a_port_in_use_is_one_line(monkeypatch):
+def test_a_port_in_use_is_one_line(monkeypatch, made):
     monkeypatch.setattr(distributed.coordinator, "GRACE_SECONDS", 0.1)
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -127,9 +143,9 @@ def wait_until(test):
         time.sleep(0.01)
 
 
-def test_lifelines_tell_who_is_gone_and_why(lines):
-    zero = lifeline.Lifeline(0, 4, silence=60)
-    one, two, three = (lifeline.Lifeline(i, 4, 60, "localhost", zero.invitation) for i in (1, 2, 3))
+def test_lifelines_tell_who_is_gone_and_why(lines, made):
+    zero = made(0, 4, silence=60)
+    one, two, three = (made(i, 4, 60, "localhost", zero.invitation) for i in (1, 2, 3))
     wait_until(lambda: len(zero._lines) == 3)
     two.done()
     wait_until(lambda: 2 in zero._done)
@@ -141,12 +157,12 @@ def test_lifelines_tell_who_is_gone_and_why(lines):
     wait_until(lambda: (0, 1, "it was killed, or its machine failed") in lines)
 
 
-def test_process_0_passes_the_news_on(monkeypatch):
+def test_process_0_passes_the_news_on(monkeypatch, made):
     told, ends = [], []
     monkeypatch.setattr(lifeline, "_exit", ends.append)
     monkeypatch.setattr("builtins.print", lambda text, **_: told.append(text))
-    zero = lifeline.Lifeline(0, 3, silence=60)
-    one, two = (lifeline.Lifeline(i, 3, 60, "localhost", zero.invitation) for i in (1, 2))
+    zero = made(0, 3, silence=60)
+    one, two = (made(i, 3, 60, "localhost", zero.invitation) for i in (1, 2))
     wait_until(lambda: len(zero._lines) == 2)
     two.fail(UserError("no such file"))
     wait_until(lambda: len(ends) >= 3)
@@ -155,26 +171,26 @@ def test_process_0_passes_the_news_on(monkeypatch):
     assert one._id == 1
 
 
-def test_silence_counts_as_gone(lines):
+def test_silence_counts_as_gone(lines, made):
     """Of a process that hangs with its machine: one that connects and says nothing more."""
-    zero = lifeline.Lifeline(0, 3, silence=1)
+    zero = made(0, 3, silence=1)
     port, token = zero.invitation.split()
     with socket.create_connection(("localhost", int(port))) as silent:
         silent.sendall(f"1 {token}\n".encode())
-        lifeline.Lifeline(2, 3, 1, "localhost", zero.invitation)
+        made(2, 3, 1, "localhost", zero.invitation)
         wait_until(lambda: lines)
     assert lines[0] == (0, 1, "no sign of life for 1 s")
     assert all(number == 1 for _, number, _ in lines[:1])
 
 
-def test_strangers_have_no_lifeline(lines):
-    zero = lifeline.Lifeline(0, 2, silence=60)
+def test_strangers_have_no_lifeline(lines, made):
+    zero = made(0, 2, silence=60)
     port = int(zero.invitation.split()[0])
     for text in (b"1 wrong\n", b"hello\n", b"\xff\n"):
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(text)
             assert not stranger.recv(1)  # It is closed.
-    lifeline.Lifeline(1, 2, 60, "localhost", zero.invitation)
+    made(1, 2, 60, "localhost", zero.invitation)
     wait_until(lambda: 1 in zero._lines)
     assert not lines
 
