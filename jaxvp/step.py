@@ -3,6 +3,7 @@ compiles it for machines that are not there."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxvp import chips, distributed, optim, sharding
 from jaxvp import config as config_lib
+from jaxvp.config import NonNegativeInt, PositiveInt, Range, Seed
 from jaxvp.data import augment, mixture
 from jaxvp.data.clips import ClipSpec
 from jaxvp.errors import UserError
@@ -26,8 +28,8 @@ class TrainConfig:
     Attributes:
       method: "name", in the registry, and the method's own options.
       stage: one of the method's stages: what is trained, and by which loss.
-      execution_horizon: of the P actions of a chunk, how many a policy executes before it looks
-        again; written into bundles.
+      execution_horizon: of the P actions of a chunk, how many, at most P, a policy executes before
+        it looks again; written into bundles.
       data, optimizer, mesh: see DataConfig, OptimizerConfig, MeshConfig.
       rules: ordered (regex, partition spec) of the parameters, see `sharding.state_shardings`;
         default: the method's own.
@@ -51,28 +53,34 @@ class TrainConfig:
 
     method: Mapping
     stage: str
-    execution_horizon: int
+    execution_horizon: PositiveInt
     data: mixture.DataConfig
     optimizer: optim.OptimizerConfig
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     rules: tuple | None = None
     offload_optimizer: bool = False
-    seed: int = 0
-    steps: int
-    batch_size: int
-    microbatches: int = 1
-    ema: float = 0.999
-    log_every: int = 20
-    validate_every: int = 0
-    validation_batches: int = 4
-    sample_every: int = 0
-    sample_clips: int = 8
-    save_every: int = 1000
-    keep: int = 2
+    seed: Seed = 0
+    steps: PositiveInt
+    batch_size: PositiveInt
+    microbatches: PositiveInt = 1
+    ema: Annotated[float, Range(ge=0, lt=1)] = 0.999
+    log_every: NonNegativeInt = 20
+    validate_every: NonNegativeInt = 0
+    validation_batches: PositiveInt = 4
+    sample_every: NonNegativeInt = 0
+    sample_clips: PositiveInt = 8
+    save_every: NonNegativeInt = 1000
+    keep: PositiveInt = 2
     init_from: str = ""
     resume: str = ""
     pretrained: Mapping = dataclasses.field(default_factory=dict)
     embedded: Mapping = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.execution_horizon > self.data.chunk:
+            raise config_lib.ConfigError(
+                f"config.execution_horizon is {self.execution_horizon}: expected at most "
+                f"config.data.chunk = {self.data.chunk}.")
 
 
 @dataclasses.dataclass(frozen=True)

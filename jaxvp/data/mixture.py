@@ -13,12 +13,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import grain
 import numpy as np
 import rich.progress
 
-from jaxvp.config import build
+from jaxvp.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    build,
+)
 from jaxvp.data import normalize
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
 from jaxvp.data.normalize import Normalizer, Stats
@@ -51,21 +59,16 @@ class SourceConfig:
     """
 
     path: str
-    weight: float | None = 1.0
+    weight: PositiveFloat | None = 1.0
     split: str = "train"
     validation_split: str = "val"
-    validation_fraction: float = 0.0
+    validation_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.0
     cameras: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     robots: tuple[str, ...] = ()
-    min_views: int = 0
-    min_seconds: float = 0.0
+    min_views: NonNegativeInt = 0
+    min_seconds: NonNegativeFloat = 0.0
 
     def __post_init__(self):
-        if self.weight is not None and not self.weight > 0:
-            raise UserError(f"The weight of {self.path} must be positive, found {self.weight}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"The validation_fraction of {self.path} must be at least 0 and less "
-                            f"than 1, found {self.validation_fraction}.")
         if self.validation_fraction and self.validation_split:
             raise UserError(f"{self.path} has a validation_split and a validation_fraction: set "
                             "the split to \"\" or the fraction to 0.")
@@ -98,40 +101,29 @@ class DataConfig:
     """
 
     sources: Sequence[SourceConfig | Mapping]
-    num_frames: int
-    fps: float
-    chunk: int
-    image_size: int | tuple[int, int]
-    source_size: int | tuple[int, int] = 0
-    crop: float = 1.0
-    latents: tuple[int, ...] = ()
+    num_frames: PositiveInt
+    fps: PositiveFloat
+    chunk: PositiveInt
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]
+    source_size: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    crop: Annotated[float, Range(gt=0, le=1)] = 1.0
+    latents: tuple[PositiveInt, ...] = ()
     cameras: tuple[str, ...] = ()
-    layout: str = "bimanual"
-    text_length: int = 256
+    layout: Literal[*LAYOUTS] = "bimanual"
+    text_length: PositiveInt = 256
     text_embeddings: str = ""
-    text_width: int = 4096
-    normalization: str = "min_max"
-    action_size: int = 0
-    state_size: int = 0
-    num_threads: int = 2
-    prefetch: int = 2
-    cache_bytes: int = 1 << 29
-    max_bad_records: int = 10
+    text_width: PositiveInt = 4096
+    normalization: Literal[*normalize.MODES] = "min_max"
+    action_size: NonNegativeInt = 0
+    state_size: NonNegativeInt = 0
+    num_threads: NonNegativeInt = 2
+    prefetch: NonNegativeInt = 2
+    cache_bytes: NonNegativeInt = 1 << 29
+    max_bad_records: NonNegativeInt = 10
 
     def __post_init__(self):
         if not self.sources:
             raise UserError("data.sources is empty: name at least one dataset.")
-        if self.layout not in LAYOUTS:
-            raise UserError(f"data.layout is {self.layout!r}; there are {', '.join(LAYOUTS)}.")
-        if self.normalization not in normalize.MODES:
-            raise UserError(
-                f"data.normalization is {self.normalization!r}; there are {normalize.MODES}."
-            )
-        if not 0 < self.crop <= 1:
-            raise UserError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
-        for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"data.{name} must be positive, found {getattr(self, name)}.")
         sources = list(self.sources)
         for i, source in enumerate(sources):
             if not isinstance(source, SourceConfig):
