@@ -47,8 +47,8 @@ class TrainConfig:
         state does. See `checkpoint.restore_or_init`.
       pretrained: part of the method ("video", "codec") to the weights that a new run takes it
         from, see `base.Method.load`; "": none. What `init_from` has of it comes on top.
-      embedded: options of the tabletop builder, which makes the first data source when it is
-        absent; empty: never.
+      embedded: "path" and the options of the tabletop builder, which makes the dataset there when
+        a source has just this path and nothing is there; empty: never.
     """
 
     method: Mapping
@@ -81,6 +81,9 @@ class TrainConfig:
             raise config_lib.ConfigError(
                 f"config.execution_horizon is {self.execution_horizon}: expected at most "
                 f"config.data.chunk = {self.data.chunk}.")
+        if self.embedded and "path" not in self.embedded:
+            raise config_lib.ConfigError("config.embedded.path is missing: where the tabletop "
+                                         "dataset is built.")
 
 
 @dataclasses.dataclass(frozen=True)
