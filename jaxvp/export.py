@@ -13,6 +13,7 @@ from etils import epath
 
 from jaxvp import checkpoint, command
 from jaxvp import config as config_lib
+from jaxvp.data import checks
 from jaxvp.data.clips import ClipSpec
 from jaxvp.errors import UserError
 from jaxvp.models import attention
@@ -75,8 +76,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
         "action_size": spec.action_size, "state_size": spec.state_size,
         "action": normalizer["action"], "state": normalizer["state"],
         "normalization": normalizer["mode"],
-        # What an evaluation must share with the making of the data.
-        "protocol": {name: options[name] for name in ("image_size", "rotation") if name in options},
+        "protocol": {name: options[name] for name in checks.PROTOCOL if name in options},
         "git_revision": assets["git_revision"], "versions": assets["versions"],
         "config": assets["config"],
     }

@@ -263,6 +263,22 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh):
             f"microbatches = {shards} x {config.microbatches}; the nearest is {nearest}.")
 
 
+def check_data(config: TrainConfig, batches: mixture.BatchIterator):
+    """Opens what is validated on as validation will, and says what is to be known of the data.
+
+    Raises:
+      UserError: as `mixture.validation_batches`; what it would raise after hours of training.
+    """
+    notes = list(batches.notes)
+    if config.validate_every or config.sample_every:
+        robots = batches.normalizers
+        notes += mixture.held_out(config.data, robots)[1]
+        mixture.validation_batches(config.data, config.batch_size, config.validation_batches,
+                                   normalizers=robots)
+    for note in notes:
+        distributed.note(note)
+
+
 def abstract_clip(spec: ClipSpec, batch_size: int, mesh: jax.sharding.Mesh) -> dict:
     """A batch of clips as ShapeDtypeStructs with shardings."""
     where = sharding.batch_sharding(mesh)

@@ -60,6 +60,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     # -- Data ------------------------------------------------------------------------------------
     share = jax.process_index(), jax.process_count()
     batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share)
+    step_lib.check_data(config, batches)
     assets = checkpoint.run_assets(raw_config, batches.spec, batches.normalizers,
                                    batches.embodiments())
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,15 +19,8 @@ import grain
 import numpy as np
 import rich.progress
 
-from jaxvp.config import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Range,
-    build,
-)
-from jaxvp.data import normalize
+from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
+from jaxvp.data import checks, normalize, rlds
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
@@ -141,11 +134,13 @@ class BatchIterator:
     Attributes:
       normalizers: robot to the normalizer that the clips went through.
       spec: the shapes of a clip.
+      notes: what a user should know of the data, see `checks.check_lengths`.
     """
 
-    def __init__(self, batches: grain.MapDataset, sources: Sequence[Clips], batch_size: int, read):
+    def __init__(self, batches: grain.MapDataset, sources: Sequence[Clips], batch_size: int, read,
+                 notes: Sequence[str] = ()):
         self._batches, self._sources, self._batch_size = batches, sources, batch_size
-        self._read, self._iterator = read, None
+        self._read, self._iterator, self.notes = read, None, notes
         self.spec, self.normalizers = sources[0].spec, sources[0].normalizers
         self._seek(0)
 
@@ -223,17 +218,23 @@ def train_iterator(
       normalizers: robot to normalizer, such as those of a checkpoint; default: `statistics`.
 
     Raises:
-      UserError: a dataset is absent, damaged or does not fit the config.
+      UserError: a dataset is absent, damaged or does not fit the config, or a text is too long, a
+        robot's records differ, no record is as long as a clip or a chunk, or a batch is larger
+        than the data.
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
+    checks.check_robots(opened.values())
     if normalizers is None:
         normalizers = _statistics(config, list(opened.values()))
     clips = _clips(config, opened, normalizers)
+    notes = checks.check_lengths(clip_spec(config, normalizers), opened.values())
+    if (total := sum(map(len, clips.values()))) < batch_size:
+        raise UserError(f"batch_size is {batch_size}, but the data has only {total} clips.")
     # A thread of Grain waits for a batch; the threads that make it are `BatchReader`'s.
     ahead = config.prefetch if config.num_threads else 0
     batches = _batches(config, clips, batch_size, seed, process_index, process_count, ahead + 2)
     read = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-    return BatchIterator(batches, list(clips.values()), batch_size, read)
+    return BatchIterator(batches, list(clips.values()), batch_size, read, notes)
 
 
 def validation_batches(
@@ -246,22 +247,46 @@ def validation_batches(
 ) -> grain.MapDataset:
     """`num_batches` held-out batches, always the same: index it or iterate over it.
 
-    Arguments and errors as for `train_iterator`.
-
-    Raises:
-      UserError: no source has a validation_split or a validation_fraction.
+    Arguments and errors as for `train_iterator`, and those of `held_out`.
     """
-    opened = {
-        number: open_source(config, source, held_out=True)
-        for number, source in enumerate(config.sources)
-        if source.validation_split or source.validation_fraction
-    }
-    if not opened:
-        raise UserError("No source has a validation_split or a validation_fraction, so there is "
-                        "nothing to validate on.")
-    clips = _clips(config, opened, statistics(config) if normalizers is None else normalizers)
+    normalizers = statistics(config) if normalizers is None else normalizers
+    clips = _clips(config, held_out(config, normalizers)[0], normalizers)
     batches = _batches(config, clips, batch_size, 0, process_index, process_count)
     return batches[:num_batches]
+
+
+def held_out(config: DataConfig, robots: Collection[str]) -> tuple[dict[int, Episodes], list[str]]:
+    """The held-out episodes of `robots`, those that are trained, by the number of their source; and
+    a note for every source that has others.
+
+    Raises:
+      UserError: a source has no such split, or nothing is held out.
+    """
+    opened, notes = {}, []
+    for number, source in enumerate(config.sources):
+        if not (source.validation_split or source.validation_fraction):
+            continue
+        splits = rlds.splits(source.path)
+        if source.validation_split and source.validation_split not in splits:
+            raise UserError(
+                f"{source.path} has no split {source.validation_split!r} to validate on, but "
+                f"{list(splits)}: set its validation_split to one, or to \"\" (with a "
+                "validation_fraction some of its episodes are held out), or set "
+                "config.validate_every and config.sample_every to 0.")
+        episodes = open_source(config, source, held_out=True)
+        if unknown := sorted(set(episodes.robots()) - set(robots)):
+            known = episodes.where("robot", lambda robot: robot in robots)
+            notes.append(f"{episodes.folder} {episodes.split}: {(~known).sum()} of {len(known)} "
+                         f"records are of {unknown}, which nothing is trained on, and are left out "
+                         "of validation.")
+            if not known.any():
+                continue
+            episodes = episodes.only(known)
+        opened[number] = episodes
+    if not opened:
+        reasons = notes or ["No source has a validation_split or a validation_fraction."]
+        raise UserError(f"There is nothing to validate on. {' '.join(reasons)}")
+    return opened, notes
 
 
 def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False) -> Episodes:
@@ -409,7 +434,7 @@ def _clips(
             raise UserError(f"{episodes.folder} holds latents of the layout {stored['layout']!r}, "
                             f"data.layout is {config.layout!r}.")
     embeddings = TextEmbeddings(config.text_embeddings) if config.text_embeddings else None
-    return {
+    clips = {
         number: Clips(
             episodes,
             spec,
@@ -421,6 +446,9 @@ def _clips(
         )
         for number, episodes in opened.items()
     }
+    for episodes in opened.values():
+        checks.check_texts(episodes, spec.text_length, embeddings)
+    return clips
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:

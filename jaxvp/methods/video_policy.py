@@ -86,11 +86,14 @@ class VideoPolicy:
     sharding_rules = tuple((f"video/{regex}", spec) for regex, spec in WAN_RULES)
 
     def __post_init__(self):
-        _ = self.grid, self.action_head  # wrong sizes fail here, not on the device
+        if not self.spec.action_size:
+            raise UserError("config.data.action_size is 0, and the data has no actions: set it to "
+                            "the dimensions of the robot that the action head is for.")
         blocks = range(self.transformer.layers)
         if not self.taps or len(set(self.taps)) < len(self.taps) or set(self.taps) - set(blocks):
             raise UserError(f"config.method.taps={self.taps}: expected different blocks of the "
                             f"video transformer, 0 to {blocks[-1]}, and at least one.")
+        _ = self.grid, self.action_head  # wrong sizes fail here, not on the device
         if (stored := tuple(self.spec.latents)) not in ((), self.latent_shape):
             raise UserError(f"config.data.latents={stored}: clips of this size have "
                             f"latents of {self.latent_shape}")

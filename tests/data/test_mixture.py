@@ -204,7 +204,7 @@ def episodes_in(batches):
 def test_a_fraction_is_held_out_by_the_names_of_episodes(make_dataset):
     folder = make_dataset("fraction", lengths=(4,) * 12, max_steps=2)
     source = {"path": str(folder), "validation_split": "", "validation_fraction": 0.3}
-    cfg = config(source)
+    cfg = config(source, chunk=2)
     held_out = episodes_in(mixture.validation_batches(cfg, 4, 40))
     trained = episodes_in(take(mixture.train_iterator(cfg, 4, seed=0), 40))
     assert held_out and not held_out & trained and held_out | trained == set(range(12))

@@ -56,8 +56,8 @@ def stored(tmp_path_factory):
 def test_latents_are_those_of_the_clips(stored):
     original, folder = stored
     config = plain(config_of(original))
-    method = step.make_method(config, mixture.clip_spec(config.data))
-    pictures = mixture.train_iterator(config.data, 1, 0)._sources[0]
+    (pictures,) = mixture.train_iterator(config.data, 1, 0)._sources
+    method = step.make_method(config, pictures.spec)
     latents = mixture.train_iterator(
         dataclasses.replace(config.data, latents=LATENTS,
                             sources=(mixture.SourceConfig(path=str(folder)),)), 1, 0)._sources[0]
