@@ -94,7 +94,7 @@ def run():
     """Entry point `jaxvp-export`."""
     flags.DEFINE_string("workdir", None, "Workdir of a training run, or one of its checkpoints.")
     flags.DEFINE_string("out", None, "Folder of the bundle; it must be empty or absent.")
-    flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
+    flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.", lower_bound=1)
     flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
     flags.mark_flags_as_required(["workdir", "out"])
     command.run(start)

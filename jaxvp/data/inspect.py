@@ -163,17 +163,17 @@ def inspect(config: DataConfig) -> dict:
     normalizers = mixture.statistics(config)
     # Clips are not read here, so the embeddings of their texts need not be there yet.
     spec = mixture.clip_spec(dataclasses.replace(config, text_embeddings=""), normalizers)
-    sources, opened = [], []
+    sources, alike = [], []
     for number, source in enumerate(config.sources):
         episodes = mixture.open_source(config, source)
-        opened.append(episodes)
         try:
             Clips(episodes, spec, source=number, normalizers=normalizers, cameras=source.cameras,
                   max_bad_records=config.max_bad_records)
-            checks.check_robots(opened)
+            checks.check_robots([*alike, episodes])
+            alike.append(episodes)
             check_texts(config, source, episodes)
             problem = None
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
         sources.append(facts(episodes, {v: source.cameras.get(v, v) for v in spec.cameras}) | {
             "path": source.path, "split": source.split, "problem": problem,

@@ -162,7 +162,7 @@ def test_the_command(dataset, tmp_path):
     assert "data: {latents: (4, 6, 4, 48)}" in run.stdout
     assert rlds.Episodes(tmp_path / name, "train").stored_latents["stride"] == 4
     run = subprocess.run([*command, "--stride=0"], cwd=ROOT, text=True, capture_output=True)
-    assert run.returncode == 1 and run.stderr.strip() == "error: --stride=0 must be at least 1."
+    assert run.returncode == 1 and run.stderr.strip().startswith("error: flag --stride=0")
 
 
 def test_the_codecs_weights_are_read_and_remembered(stored, tmp_path):
