@@ -29,6 +29,7 @@ from rich import progress, table
 
 from jaxvp.envs import libero
 from jaxvp.evaluation.libero import simulator
+from jaxvp.files import find
 
 FLAT = 5.0  # A picture whose standard deviation is below this many grey levels shows nothing.
 
@@ -119,7 +120,7 @@ def main(argv: list[str]):
     assets = libero.setup(settings.libero_assets)
     # One thread per process renders fastest when the processes use every core.
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    files = sorted((settings.raw / settings.suite).glob("*_demo.hdf5"))[: settings.max_tasks]
+    files = find(settings.raw / settings.suite, "*_demo.hdf5")[: settings.max_tasks]
     if not files:
         raise FileNotFoundError(f"{settings.raw}/{settings.suite} has no *_demo.hdf5.")
     start = time.monotonic()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxvp import checkpoint
 from jaxvp import config as config_lib
-from jaxvp.data import mixture, observation
+from jaxvp.data import augment, mixture
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.normalize import Normalizer
 from jaxvp.evaluation.video_quality import psnr, ssim
@@ -42,15 +42,21 @@ def main():
     size = config.batch_size
     batches = mixture.validation_batches(config.data, size, -(-settings.clips // size),
                                          normalizers=normalizers)
-    method = make_method(config, config_lib.build(ClipSpec, assets["spec"], "spec"))
+    spec = config_lib.build(ClipSpec, assets["spec"], "spec")
+    method = make_method(config, spec)
     params = checkpoint.restore_params(settings.workdir)
-    imagine = jax.jit(method.imagine)
-    layout = observation.LAYOUTS[config.data.layout]
+
+    @jax.jit
+    def shown_and_imagined(params, clip, keys):
+        clip = augment.fit(clip, spec, crop=config.data.crop)
+        return method.shown(params, clip), method.imagine(params, observe(clip), keys)
+
     truths, predictions, there = [], [], []
     for number, clip in enumerate(batches):
         keys = jax.random.split(jax.random.key(number), size)
-        predictions.append(np.asarray(imagine(params, observe(clip), keys)))
-        truths.append(observation.canvas(clip["video"], clip["view_mask"], layout))
+        truth, predicted = jax.device_get(shown_and_imagined(params, clip, keys))
+        truths.append(truth)
+        predictions.append(predicted)
         there.append(clip["frame_mask"])
     truth, predicted, there = (np.concatenate(x)[:settings.clips]
                                for x in (truths, predictions, there))

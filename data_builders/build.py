@@ -131,7 +131,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Builder]:
 
 
 def dry_run(builder: Builder, items: list, num_workers: int):
-    """Builds a sample of the items, evenly spaced, and prints what they are; writes nothing."""
+    """Builds a sample of the items, evenly spaced, and prints what they are; writes nothing.
+
+    Raises:
+      UserError: the sample is all there is, and none of its episodes has some camera.
+    """
     shards = writer.plan_shards(builder, items)
     unique = [item for shard in shards for item in shard.items]
     print(f"{builder.name} {builder.version}: {len(items)} items in {len(shards)} shards"
@@ -162,6 +166,8 @@ def dry_run(builder: Builder, items: list, num_workers: int):
     if report.items:
         scale = len(unique) / report.items
         left = datetime.timedelta(seconds=round(seconds * scale / num_workers))
+        if report.items == len(unique):
+            writer.check_cameras(features, report)
         print(f"all {len(unique)} items: about {report.num_bytes * scale / 1e9:.3f} GB, {left} "
               f"(hours:minutes:seconds) with {num_workers} workers")
 
@@ -172,7 +178,8 @@ def _duplicates(items: Sequence, unique: Sequence) -> str:
 
 
 def print_report(report: writer.Report):
-    """Prints how many episodes are kept, skipped by reason, repaired by kind, and unreadable."""
+    """Prints how many episodes are kept, skipped by reason, repaired by kind, without a camera, and
+    unreadable."""
     total = report.kept + sum(report.skipped.values()) + len(report.unreadable)
     print(f"{report.kept} of {total} episodes kept, {report.records} records, {report.steps} steps,"
           f" {report.num_bytes / 1e6:.1f} MB, of {report.items} items")
@@ -180,6 +187,8 @@ def print_report(report: writer.Report):
         print(f"  skipped {count}: {reason}")
     for kind, count in report.notes.items():
         print(f"  repaired {count}: {kind}")
+    for camera, count in report.missing.items():
+        print(f"  {camera}: {count} of {report.kept} episodes have no images of it")
     for entry in report.unreadable[:20]:
         print(f"  unreadable {entry['item']}: {entry['error']}")
     if len(report.unreadable) > 20:
@@ -221,7 +230,7 @@ def build(
 
     Raises:
       UserError: the dataset exists, or `out` holds an unfinished build with other options.
-      UserError: no episode was kept.
+      UserError: no episode was kept, or none of those has some camera.
       RuntimeError: a worker died, or the disk is full; the finished shards stay for the next run.
       ImportError: Beam is not installed.
     """

@@ -3,8 +3,6 @@
 import abc
 import dataclasses
 import hashlib
-import itertools
-import os
 import typing
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,10 @@ import tensorflow_datasets as tfds
 
 from data_builders import episode
 from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, convert
+from jaxvp.data import rates
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
+from jaxvp.files import some
 
 
 class Skip(Exception):
@@ -119,10 +120,8 @@ class RawBuilder(Builder):
             parent = path.parent
             while not parent.exists():
                 parent = parent.parent
-            with os.scandir(parent) as entries:  # Lazily: it may hold a million.
-                names = sorted(entry.name for entry in itertools.islice(entries, 5))
-            found = ", ".join(names) or "nothing"
-            raise UserError(f"--raw={self.raw}: there is no {path}; {parent} has {found}.")
+            raise UserError(
+                f"--raw={self.raw}: there is no {path}; {parent} has {some(parent)}.")
         return path
 
     def view_names(self, all_cameras: Sequence[str]) -> tuple[str, ...]:
@@ -147,22 +146,33 @@ class RawBuilder(Builder):
             raise UserError("the episode has no steps")
         if views < self.min_views:
             raise Skip(f"fewer than {self.min_views} views")
-        if length / fps < self.min_seconds:
+        if not rates.at_least(length / fps, self.min_seconds):
             raise Skip(f"shorter than {self.min_seconds:g} s")
         if not success and self.failed == "drop":
             raise Skip("not successful")
 
     def instruction(self, text: str | bytes | None) -> str:
-        """An instruction in one line.
+        """An instruction of a whole episode, see `clean_instruction`.
 
         Raises:
           Skip: there is none, and `--unlabelled=drop`.
           UserError: it is not UTF-8.
         """
-        text = episode.clean_text(text)
+        text = clean_instruction(text)
         if not text and self.unlabelled == "drop":
             raise Skip("no instruction")
         return text
+
+    def instructions(self, texts: Sequence[str | bytes | None]) -> list[str]:
+        """The instruction of every step, "" of those that have none.
+
+        Raises:
+          Skip: no step has one, and `--unlabelled=drop`.
+          UserError: one is not UTF-8.
+        """
+        cleaned = {text: clean_instruction(text) for text in dict.fromkeys(texts)}
+        self.instruction(next(filter(None, cleaned.values()), ""))
+        return [cleaned[text] for text in texts]
 
     def kept(self, length: int, fps: float, action: np.ndarray | None = None,
              relative: Sequence[bool] = ()) -> np.ndarray:
@@ -187,4 +197,4 @@ class RawBuilder(Builder):
 
     def rate(self, fps: float) -> float:
         """Steps per second of what is stored."""
-        return min(self.fps, fps) if self.fps else fps
+        return self.fps if self.fps and not rates.at_least(self.fps, fps) else fps

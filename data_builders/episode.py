@@ -8,6 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders.images import encode_jpeg, size
+from jaxvp.data import rates
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 # A record is parsed whole on every read, so long episodes are cut.
@@ -51,24 +53,14 @@ def features(
     )
 
 
-def clean_text(text: str | bytes | None) -> str:
-    """One line without doubled spaces, "" for None and for words that stand for nothing.
-
-    Raises:
-      UserError: bytes that are not UTF-8.
-    """
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"an instruction is not UTF-8: {text[:60]!r}") from error
-    text = " ".join((text or "").split())
-    return "" if text.lower() in ("none", "null", "nan") else text
+def cameras(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
+    """The cameras that `features` has."""
+    return tuple(name for name in features["steps"].feature["observation"] if name != "state")
 
 
 def resampled(length: int, fps: float, wanted: float) -> np.ndarray:
     """int[n], the steps nearest to the times k / wanted of an episode of `length` at `fps`."""
-    if wanted >= fps:
+    if rates.at_least(wanted, fps):
         return np.arange(length)
     steps = np.floor(np.arange(int(np.ceil(length * wanted / fps))) * fps / wanted + 0.5)
     return steps[steps < length].astype(np.int64)
@@ -144,7 +136,7 @@ class Episode:
       camera_text: one phrase that describes the cameras.
       state: float32[L, S] in SI units, None where the features have no state.
       action: float32[L, A] in SI units, not normalised, None for video without actions.
-      instruction: one text, or one per step.
+      instruction: one text, or one per step; "" where there is none.
       fps: steps per second.
       source: where it comes from, such as a file and a key.
       options: `Builder.options()`.
@@ -225,9 +217,11 @@ class Episode:
         declared = {**step_features, **step_features["observation"]}
         columns = {name: self._checked(name, columns[name], declared.get(name)) for name in columns}
         end = np.arange(length) == length - 1
-        one_text = isinstance(self.instruction, str)
+        texts = [self.instruction] * length if isinstance(self.instruction, str) else (
+            self.instruction)
+        cleaned = {text: clean_instruction(text) for text in set(texts)}
         return {name: values for name, values in columns.items() if values is not None} | {
-            "language_instruction": [self.instruction] * length if one_text else self.instruction,
+            "language_instruction": [cleaned[text] for text in texts],
             "reward": (end & self.success).astype(np.float32),
             "discount": np.ones(length, np.float32),
             "is_terminal": end & self.success,

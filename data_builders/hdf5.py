@@ -1,7 +1,6 @@
 """Episodes in HDF5 files: which there are, their data sets, encoded frames."""
 
 import contextlib
-import itertools
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from data_builders import images
 from jaxvp.errors import UserError
+from jaxvp.files import find, some
 
 
 def files(raw: Path, *patterns: str) -> list[str]:
@@ -19,11 +19,11 @@ def files(raw: Path, *patterns: str) -> list[str]:
     Raises:
       UserError: there are none; the message says what is there.
     """
-    found = {path.relative_to(raw).as_posix() for pattern in patterns for path in raw.glob(pattern)}
+    found = {path.relative_to(raw).as_posix() for pattern in patterns
+             for path in find(raw, pattern)}
     if not found:
-        there = ", ".join(sorted(path.name for path in itertools.islice(raw.iterdir(), 5)))
         raise UserError(
-            f"--raw={raw} has no {' or '.join(patterns)}, found {there or 'nothing'}.")
+            f"--raw={raw} has no {' or '.join(patterns)}, found {some(raw)}.")
     return sorted(found)
 
 

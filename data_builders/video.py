@@ -34,8 +34,21 @@ def measure(path: str | os.PathLike) -> tuple[int, float]:
       UserError: there is no such file.
       VideoError: it is not a video, or is cut.
     """
+    times, rate = times_of(path)
+    return len(times), rate
+
+
+def times_of(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """(float64[frames], frames per second): when each frame is shown, seconds from the start of the
+    video, or NaN where it does not say. Of its packets, without decoding.
+
+    Raises: as `measure`.
+    """
     with _opened(path) as (container, stream):
-        count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+        origin = stream.start_time or 0
+        ticks = [math.nan if packet.pts is None else packet.pts - origin
+                 for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        count = len(ticks)
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise VideoError(f"{path} does not say how many frames per second it has.")
@@ -43,7 +56,7 @@ def measure(path: str | os.PathLike) -> tuple[int, float]:
         seconds = (container.duration or 0) / av.time_base
         if "matroska" in container.format.name and count / rate < 0.9 * seconds - 0.5:
             raise VideoError(f"{path} is cut: it has {float(count / rate):.1f} of {seconds:.1f} s.")
-        return count, float(rate)
+        return np.sort(np.array(ticks) * float(stream.time_base)), float(rate)
 
 
 def jpegs(path: str | os.PathLike, frames: Sequence[int], size: int) -> list[bytes]:

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, naming
 
+from data_builders import episode
 from data_builders.builder import Builder, Skip
 from data_builders.episode import Episode
 from jaxvp.data import array_record
@@ -53,7 +54,8 @@ class Shard:
 @dataclasses.dataclass
 class Report:
     """What became of the items: episodes `kept`, `skipped` by reason, those kept with a repair by
-    kind in `notes`; `unreadable` lists {item, error}."""
+    kind in `notes`, those kept without images of a camera in `missing`; `unreadable` lists {item,
+    error}."""
 
     items: int = 0
     kept: int = 0
@@ -62,12 +64,13 @@ class Report:
     num_bytes: int = 0
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    missing: dict[str, int] = dataclasses.field(default_factory=dict)
     unreadable: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Report"):
         for name in ("items", "kept", "records", "steps", "num_bytes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("skipped", "notes"):
+        for name in ("skipped", "notes", "missing"):
             counts = collections.Counter(getattr(self, name)) + collections.Counter(
                 getattr(other, name))
             setattr(self, name, dict(counts))
@@ -91,6 +94,15 @@ def plan_shards(builder: Builder, items: Sequence) -> list[Shard]:
         for split, members in sorted(splits.items())
         for start in range(0, len(members), size)
     ]
+
+
+def check_cameras(features: tfds.features.FeaturesDict, report: Report):
+    """Raises UserError when no kept episode has a camera: all of its images would be grey."""
+    absent = [camera for camera in episode.cameras(features)
+              if report.missing.get(camera) == report.kept]
+    if report.kept and absent:
+        raise UserError(f"None of {report.kept} episodes has images of {', '.join(absent)}: "
+                        "complete the download, or leave that out by --cameras.")
 
 
 def records(
@@ -124,7 +136,12 @@ def records(
         if isinstance(made, Skip):
             report.add(Report(skipped={str(made): 1}))
             continue
-        report.add(Report(kept=1, records=len(parts), notes=dict.fromkeys(made.notes, 1)))
+        texts = [text for part in parts for text in part["steps"]["language_instruction"]]
+        notes = dict.fromkeys(made.notes, 1)
+        if any(texts) and not all(texts):
+            notes["some steps have no instruction"] = 1
+        missing = {camera: 1 for camera in episode.cameras(features) if camera not in made.images}
+        report.add(Report(kept=1, records=len(parts), notes=notes, missing=missing))
         for part in parts:
             report.steps += len(part["steps"]["is_first"])
             yield part
@@ -222,6 +239,9 @@ def open_folder(builder: Builder, items: Sequence, out: Path) -> Path:
             f"{folder} is left from a build with other options or items, see {path}: "
             "repeat that build to finish it, or delete the folder."
         )
+    if not path.exists() and any(file.suffix != ".partial" for file in path.parent.glob("*")):
+        raise UserError(f"{folder} holds shards, but no {path.name} that says of which build: "
+                        "delete the folder.")
     with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         for partial in path.parent.glob("*.partial"):  # Of workers that were killed.
@@ -246,7 +266,7 @@ def finish(
       The final folder and the sum of the shards' reports.
 
     Raises:
-      UserError: no episode was kept.
+      UserError: no episode was kept, or none that is has a camera of the features.
       WriteError: the folder cannot be written.
     """
     total, reports = Report(), {shard: finished(shard, folder) for shard in shards}
@@ -260,6 +280,10 @@ def finish(
         raise UserError(
             f"No episode of {total.items} was kept, so nothing is written. {'; '.join(reasons)}"
         )
+    try:
+        check_cameras(builder.features(), total)
+    except UserError as error:
+        raise UserError(f"{error} Delete {folder} before.") from error
     with _writing(folder):
         split_infos = []
         for split in sorted({shard.split for shard in shards}):

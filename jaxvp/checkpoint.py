@@ -7,10 +7,13 @@ a reader needs beside the numbers (config, statistics, git revision, versions).
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import logging
 import platform
+import re
 import subprocess
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -31,6 +34,12 @@ from jaxvp.rules import named_leaves
 JSON_ITEMS = ("progress", "data", "assets")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LOUD = "bold red"
+# What storage says of a checkpoint that is there, but not to be had now: as errno, and as libraries
+# spell it.
+UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENETUNREACH, errno.EHOSTUNREACH,
+               errno.ETIMEDOUT, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+NOT_DAMAGE = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
+                        r"RESOURCE_EXHAUSTED|Permission denied")
 
 # Orbax tells every step of every save; what a user needs to know is said here.
 absl.logging.get_absl_logger().addFilter(
@@ -59,6 +68,51 @@ class Restored:
     def step(self) -> int:
         """Number of finished training steps."""
         return self.progress.get("step", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the checkpoint that a run starts from says of its data.
+
+    Attributes:
+      path: of the checkpoint; "" from scratch.
+      continues: whether the run goes on with its data and optimizer; else it takes parameters.
+      normalizers: robot to the statistics that the parameters were trained with, JSON values.
+      data: state of the data iterator, JSON values.
+    """
+
+    path: str = ""
+    continues: bool = False
+    normalizers: Mapping = dataclasses.field(default_factory=dict)
+    data: Mapping = dataclasses.field(default_factory=dict)
+
+
+def origin(workdir: epath.PathLike, resume: str = "", init_from: str = "") -> Origin:
+    """Where `restore_or_init` will start, told without reading an array; it takes the same choice.
+
+    Raises:
+      CheckpointError: a named checkpoint does not exist, or its texts cannot be read.
+    """
+    own, damaged = epath.Path(workdir).resolve() / "checkpoints", None
+    steps = ocp.path.step.checkpoint_steps(own) if own.exists() else []
+    for step in sorted(steps, reverse=True):
+        try:
+            return _origin(own / str(step), True)
+        except DamagedError as error:  # `restore_latest` says it.
+            damaged = error
+    if damaged:
+        raise damaged
+    if path := resume or init_from:
+        return _origin(find_step(path), bool(resume))
+    return Origin()
+
+
+def _origin(step: epath.Path, continues: bool) -> Origin:
+    assets = restore_json(step, "assets")
+    if "normalizers" not in assets:
+        raise CheckpointError(f"{step} does not say by which statistics it was trained: it was not "
+                              "made by `python -m jaxvp.main`.")
+    return Origin(str(step), continues, assets["normalizers"], restore_json(step, "data"))
 
 
 def restore_or_init(own: "Checkpoints", abstract: dict, init: Callable[[], dict],
@@ -151,19 +205,23 @@ class Checkpoints:
         """
         damaged = {}
         for step in reversed(self.steps):
+            restored, error = None, None
             try:
                 restored = _restore(self.directory / str(step), abstract)
-            except DamagedError as error:
-                if jax.process_count() > 1:  # The processes could disagree on the step.
-                    raise
-                damaged[step] = error
+            except DamagedError as found:
+                error = found
+            if distributed.total(error is not None):  # Damage may lie in what one process reads.
+                damaged[step] = error or DamagedError(f"{self.directory / str(step)} cannot be "
+                                                      "read by another process.")
                 continue
             for number, error in damaged.items():
                 aside = self.directory / f"damaged-{number}"
-                (self.directory / str(number)).rename(aside)
+                if jax.process_index() == 0:
+                    (self.directory / str(number)).rename(aside)
                 distributed.note(f"Checkpoint {number} is damaged: {error}",
                                  f"Falling back to step {step}; see {aside}.", style=LOUD)
             if damaged:
+                distributed.together(f"fall back to {step}")
                 self._manager.reload()
             return restored
         if damaged:
@@ -217,8 +275,8 @@ def restore_params(path: epath.PathLike) -> dict:
 def restore_json(path: epath.PathLike, item: str) -> dict:
     """The item "progress", "data" or "assets" of a checkpoint; path and errors as above."""
     step = find_step(path)
-    with _reading(step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step / item)
+    with _reading(step):
+        return ocp.JsonCheckpointHandler().restore(step / item)
 
 
 def run_assets(config: Mapping, spec, normalizers: Mapping, embodiments: Mapping) -> dict:
@@ -258,8 +316,10 @@ def _restore(step: epath.Path, abstract: dict) -> Restored:
         texts = {item: restore_json(step, item) for item in JSON_ITEMS}
     _check_structure(step, found, named_leaves(abstract))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-    with _reading(step), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        state = reader.restore(step, args=ocp.args.Composite(**items))
+    with _reading(step):
+        # Of the handler, since a Checkpointer waits for the other processes, also for one that
+        # fails.
+        state = ocp.CompositeCheckpointHandler().restore(step, args=ocp.args.Composite(**items))
     return Restored({name: state[name] for name in abstract}, **texts)
 
 
@@ -308,16 +368,18 @@ def _load_params(step: epath.Path, params: dict) -> tuple[dict, list[str]]:
 
 @contextlib.contextmanager
 def _reading(step: epath.Path):
-    """Turns what Orbax raises for a damaged checkpoint into a DamagedError."""
+    """Turns what Orbax raises for a damaged checkpoint, which may be any exception, into a
+    DamagedError. What keeps a whole checkpoint from being read is not damage."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, PermissionError, TimeoutError, ConnectionError, MemoryError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, PermissionError | TimeoutError | ConnectionError):
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in UNREACHABLE or NOT_DAMAGE.search(reason):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise DamagedError(f"{step} cannot be read: {type(error).__name__}: {reason}") from error
+        raise DamagedError(f"{step} cannot be read: {type(error).__name__}: "
+                           f"{textwrap.shorten(reason, 300, placeholder=' ...')}") from error
 
 
 def _metadata(step: epath.Path, item: str):

@@ -11,22 +11,31 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = ""):
-    """Around everything that a command does: ends it with one line for a `UserError`, and for what
-    the operating system refuses (a full disk, a read-only folder, a port in use), wherever raised.
-
-    Args:
-      stopped: what to say when the user interrupts the command.
-    """
+    """Around everything that a command does: ends it with the `one_line` of an error."""
     try:
         yield
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if (line := one_line(error, stopped)) is None:
             raise
-        sys.exit(f"error: {describe(error)}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped{stopped and ': '}{stopped}")
+        sys.exit(line)
+
+
+def one_line(error: BaseException, stopped: str = "") -> str | None:
+    """The line that a command ends with: for a `UserError`, for what the operating system refuses
+    (a full disk, a read-only folder, a port in use) wherever it is raised, and when the user
+    interrupts the command; None for all else, which keeps its traceback.
+
+    Args:
+      error: what was raised.
+      stopped: what to say when the user interrupts.
+    """
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"error: {describe(error)}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped{stopped and ': '}{stopped}"
+    return None
 
 
 def describe(error: OSError) -> str:

@@ -24,7 +24,7 @@ from absl import flags
 
 from jaxvp import command
 from jaxvp.config import check_keys
-from jaxvp.data import observation
+from jaxvp.data import observation, rates
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
@@ -181,12 +181,13 @@ def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol
     Raises:
       UserError: it does not, or an instruction is too long for it.
     """
+    fps = protocol.fps if rates.same(manifest.fps, protocol.fps) else manifest.fps
     absent = [c for c in manifest.cameras if c is not None and c not in protocol.cameras]
     for what, ours, theirs in (
         ("actions", manifest.dimensions("action"), protocol.action),
         ("state", manifest.dimensions("state"), protocol.state if manifest.state else ()),
         ("robot", manifest.robot, protocol.robot),
-        ("actions per second", manifest.fps, protocol.fps),
+        ("actions per second", fps, protocol.fps),
         ("cameras that are absent", tuple(absent), ()),
     ):
         if ours != theirs:

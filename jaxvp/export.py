@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxvp import checkpoint, command
 from jaxvp import config as config_lib
-from jaxvp.data import checks
+from jaxvp.data import augment, checks
 from jaxvp.data.clips import ClipSpec
 from jaxvp.errors import UserError
 from jaxvp.models import attention
@@ -33,7 +33,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     step = checkpoint.restore_json(workdir, "progress")["step"]
     config = config_lib.build(TrainConfig, assets["config"], "config")
     spec = config_lib.build(ClipSpec, assets["spec"], "spec")
-    spec = dataclasses.replace(spec, latents=(), source_size=())  # A policy sees pictures.
+    spec, crop = dataclasses.replace(spec, latents=()), config.data.crop  # A policy sees pictures.
+    # The runner resizes a picture to this; of a larger one a part is as sharp as in training.
+    image_size = (crop < 1 and spec.source_size) or (spec.height, spec.width)
     robots = [name for name, n in assets["normalizers"].items() if n["action"]]
     if robot is None and len(robots) == 1:
         robot = robots[0]
@@ -46,7 +48,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
 
     views = len(spec.cameras)
     row = {
-        "video": ((views, 1, spec.height, spec.width, 3), np.uint8),
+        "video": ((views, 1, *image_size, 3), np.uint8),
         "view_mask": ((views,), np.bool_),
         "text": spec.text,
         "state": ((spec.state_size,), np.float32),
@@ -59,6 +61,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
 
     def exported(function):
         def call(params, seen, keys):
+            seen = augment.fit(seen, spec, crop=crop)
             return function(params, seen, jax.random.wrap_key_data(keys))
         with attention.portable():
             program = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys)
@@ -68,7 +71,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     manifest = {
         "method": config.method["name"], "stage": config.stage, "step": step,
         "robot": robot, "camera_text": embodiment["camera_text"], "layout": config.data.layout,
-        "cameras": embodiment["cameras"], "image_size": (spec.height, spec.width),
+        "cameras": embodiment["cameras"], "image_size": image_size,
         "image_orientation": "upright", "text_length": spec.text_length,
         "text_width": spec.text_width,
         "fps": embodiment["fps"], "video_fps": spec.fps, "chunk": spec.chunk,

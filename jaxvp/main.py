@@ -14,19 +14,20 @@ from jaxvp.train import check, train
 
 def start(settings):
     """Trains what the flags say."""
-    distributed.initialize()
-    config = settings.config
-    name = command.config_name().replace(".py:", "_").removesuffix(".py")
-    workdir = settings.workdir or pathlib.Path("runs") / name
-    built = config_lib.build(TrainConfig, config, "config")
-    mesh = check(built, workdir)  # Before data is made.
-    if embedded_is_absent(built):
-        if settings.dry_run:  # Shows what can be known without the data.
+    with distributed.processes(settings.silence):
+        config = settings.config
+        name = command.config_name().replace(".py:", "_").removesuffix(".py")
+        workdir = settings.workdir or pathlib.Path("runs") / name
+        built = config_lib.build(TrainConfig, config, "config")
+        mesh = check(built, workdir)  # Before data is made.
+        if settings.dry_run and embedded_is_absent(built):  # What can be known without the data.
             distributed.note(f"{built.embedded['path']} is absent: a run builds it first.")
             return step.build(built, mixture.clip_spec(built.data), mesh).describe()
-        if jax.process_index() == 0:
-            build_embedded(built)
-    train(config, workdir, settings.dry_run)
+        if built.embedded:
+            if jax.process_index() == 0 and embedded_is_absent(built):
+                build_embedded(built)
+            distributed.together("embedded data")
+        train(config, workdir, settings.dry_run)
 
 
 def embedded_is_absent(config: TrainConfig) -> bool:
@@ -60,6 +61,10 @@ def run():
         "workdir", None, "Folder of the run; default: runs/NAME for configs/NAME.py, "
         "runs/NAME_VARIANT for configs/NAME.py:VARIANT. A run that "
         "is there already is continued.")
+    flags.DEFINE_float(
+        "silence", 60, "Of several processes: seconds without a sign of life after which one "
+        "counts as dead and the others end. They notice at once when a process alone dies.",
+        lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and its size; stop.")
     command.run(start)
 

@@ -6,15 +6,16 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
 import rich
-import tensorboardX
 from etils import epath
 from PIL import Image
 from rich import progress
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxvp.errors import UserError
@@ -52,11 +53,16 @@ class MetricWriter:
         self._batch_size, self._step, self._time = batch_size, start, time.perf_counter()
         path = epath.Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _rows_until(path, start) if path.exists() else []
-        path.write_text("".join(kept))
+        if path.exists():
+            _keep_until(path, start)
         self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"),
-                                                 purge_step=start + 1 if start else None)
+        board = path.parent / "tensorboard"
+        board.mkdir(exist_ok=True)
+        # A name of its own for every start, also within a second.
+        self._board = EventsWriter(f"{board}/{len(list(board.iterdir())):04d}.events")
+        # TensorBoard leaves out what earlier files have from this step on.
+        self._board.write_event(Event(step=start + 1, wall_time=time.time(),
+                                      session_log=SessionLog(status=SessionLog.START)))
         self._worker, self._pending = ThreadPoolExecutor(1), collections.deque()
         console = rich.get_console()
         self._bar = progress.Progress(
@@ -94,15 +100,21 @@ class MetricWriter:
             self._bar.console.print(f"step {step}  {status}", soft_wrap=True, highlight=False)
         self._submit(self._write_scalars, step, metrics, time.time())
 
-    def image(self, step: int, name: str, image: np.ndarray):
-        """Writes uint8[H, W, 3] to TensorBoard."""
-        if self._active:
-            self._show(step, name, np.asarray(image)[None], 1.0)
-
     def video(self, step: int, name: str, video: np.ndarray, fps: float):
         """Writes uint8[T, H, W, 3] to TensorBoard, as a GIF that repeats."""
         if self._active:
-            self._show(step, name, np.asarray(video), fps)
+            if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+                raise ValueError(f"{name}: expected uint8 RGB frames [T, H, W, 3], found "
+                                 f"{video.dtype}{list(video.shape)}.")
+            self._submit(self._write_video, step, name, video, fps)
+
+    def flush(self):
+        """Returns when everything so far is in the files: to be called before a checkpoint, after
+        which a run that is killed continues."""
+        if self._active:
+            self._submit(self._board.flush)
+            wait(self._pending)
+            self._raise_failures()
 
     def close(self):
         """Returns when everything is written."""
@@ -113,12 +125,6 @@ class MetricWriter:
         self._board.close()
         self._file.close()
         self._raise_failures()
-
-    def _show(self, step: int, name: str, frames: np.ndarray, fps: float):
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(f"{name}: expected uint8 RGB frames [T, H, W, 3], found "
-                             f"{frames.dtype}{list(frames.shape)}.")
-        self._submit(self._write_frames, step, name, frames, fps)
 
     def _submit(self, function, *arguments):
         self._raise_failures()
@@ -133,27 +139,29 @@ class MetricWriter:
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": round(when, 3), **values}) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        self._write_summary(step, when, [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items() if math.isfinite(value)])
 
-    def _write_frames(self, step: int, name: str, frames: np.ndarray, fps: float):
+    def _write_video(self, step: int, name: str, frames: np.ndarray, fps: float):
         images, data = [Image.fromarray(frame) for frame in frames], io.BytesIO()
-        if len(images) == 1:
-            images[0].save(data, "PNG")
-        else:
-            images[0].save(data, "GIF", save_all=True, append_images=images[1:], loop=0,
-                           duration=round(1000 / fps))
+        images[0].save(data, "GIF", save_all=True, append_images=images[1:], loop=0,
+                       duration=round(1000 / fps))
         image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
                               encoded_image_string=data.getvalue())
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._board.file_writer.add_summary(summary, step)
+        self._write_summary(step, time.time(), [Summary.Value(tag=name, image=image)])
+
+    def _write_summary(self, step: int, when: float, values: list[Summary.Value]):
+        self._board.write_event(Event(step=step, wall_time=when, summary=Summary(value=values)))
 
 
-def _rows_until(path: epath.Path, step: int) -> list[str]:
-    """Lines of a metrics file up to a step; half a line, of a run that was killed, is dropped."""
-    rows = []
-    for line in path.read_text().splitlines(keepends=True):
+def _keep_until(path: epath.Path, step: int):
+    """Drops the lines of a metrics file after a step, and half a line of a run that was killed."""
+    text, rows = path.read_text(), []
+    for line in text.splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             rows.append(line)
-    return rows
+    if (kept := "".join(rows)) != text:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(kept)
+        partial.replace(path)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -160,7 +161,17 @@ def global_batch(mesh: jax.sharding.Mesh, host_batch):
         raise UserError(f"A batch of {batch} from {processes} processes does not divide evenly "
                         f"among data x fsdp = {shards} shards: choose multiples.")
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch)
+    with jax.transfer_guard_host_to_device("allow"):  # JAX calls it explicit on one process only.
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x),
+                            host_batch)
+
+
+def replicated(mesh: jax.sharding.Mesh, value) -> jax.Array:
+    """A number or NumPy array that every process has the same of, on all devices. (`device_put`
+    would compare it over all processes, each time.)"""
+    value = np.asarray(value)
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, P()), value, value.shape)
 
 
 def _check(mesh, name: str, shape: tuple[int, ...], spec: P) -> P:

@@ -14,8 +14,10 @@ from jaxvp import checkpoint, distributed, metrics, sharding
 from jaxvp import config as config_lib
 from jaxvp import step as step_lib
 from jaxvp.data import augment, mixture
+from jaxvp.data.normalize import Normalizer
 from jaxvp.evaluation.video_quality import psnr
 from jaxvp.video import write_video
+from jaxvp.workdir import locked
 
 # What may change when a run is continued in its workdir: what it prints and keeps, not what it is.
 MAY_DIFFER = ("log_every", "validate_every", "sample_every", "save_every", "keep", "mesh",
@@ -53,13 +55,25 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     config = config_lib.build(step_lib.TrainConfig, raw_config, "config")
     workdir = epath.Path(workdir)
     main_process = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if main_process and not dry_run:
+            stack.enter_context(locked(workdir))
+        _train(config, raw_config, workdir, dry_run)
+
+
+def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Path, dry_run: bool):
+    main_process = jax.process_index() == 0
     config_lib.check_workdir(workdir, raw_config, MAY_DIFFER, write=main_process and not dry_run)
     mesh = check(config, workdir)
     everywhere = NamedSharding(mesh, P())
 
     # -- Data ------------------------------------------------------------------------------------
     share = jax.process_index(), jax.process_count()
-    batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share)
+    origin = checkpoint.origin(workdir, config.resume, config.init_from)
+    known = {name: Normalizer.from_dict(value) for name, value in origin.normalizers.items()}
+    batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share, known)
+    if origin.continues:
+        batches.set_state(origin.data)  # Other data is refused.
     step_lib.check_data(config, batches)
     assets = checkpoint.run_assets(raw_config, batches.spec, batches.normalizers,
                                    batches.embodiments())
@@ -83,7 +97,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     @functools.partial(jax.jit, out_shardings=everywhere)
     def score(params, clip, number):
         keys = step_lib.clip_keys(config.seed, number, config.batch_size)
-        clip = augment.fit(clip, batches.spec)
+        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
         loss, parts = method.loss(params, clip, keys, config.stage)
         return {"loss": loss, **parts}
 
@@ -91,11 +105,11 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     def imagine(params, clip, number):
         """The canvas of every clip, and how the method goes on from its first frame."""
         keys = step_lib.clip_keys(config.seed, number, len(clip["text"]))
-        clip = augment.fit(clip, batches.spec)
+        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
         return method.shown(params, clip), method.imagine(params, observe(clip), keys)
 
     def put(number):
-        return jax.device_put(np.int32(number), everywhere)
+        return sharding.replicated(mesh, np.int32(number))
 
     def validate():
         """Mean metrics of the averaged parameters on held-out batches, with always the same
@@ -132,14 +146,14 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
 
     # -- Loop ------------------------------------------------------------------------------------
     writer = metrics.MetricWriter(workdir, config.steps, config.batch_size, start.step)
-    running, window = None, []
+    running, window = None, start.progress.get("window", [])
 
     def collect():
         """Takes over the numbers of the step that runs; stops the run when they are not finite."""
         nonlocal running
         if running is not None:
             step, numbers = running
-            window.append(jax.device_get(numbers))
+            window.append({name: float(x) for name, x in jax.device_get(numbers).items()})
             running = None
             metrics.check_finite(step, window[-1])
 
@@ -159,7 +173,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
                 extra |= sample(step)
             if extra or due(step, config.log_every, config.steps):
                 collect()
-                means = {name: float(np.mean([w[name] for w in window])) for name in numbers}
+                means = {name: np.mean([w[name] for w in window]) for name in numbers}
                 bad = {"bad_records": distributed.total(batches.bad_records)}
                 writer.scalars(step, means | extra | bad)
                 window.clear()
@@ -167,8 +181,10 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
                 writer.advance(step)
             if stop or due(step, config.save_every, config.steps):
                 collect()
+                writer.flush()
                 checkpoints.save(step, state, data=batches.get_state(), assets=assets,
-                                 progress=extra, validation=extra.get("validation_loss"))
+                                 progress={**extra, "window": window},
+                                 validation=extra.get("validation_loss"))
             if stop and step < config.steps:
                 distributed.note(f"Stopped by a signal after step {step}; it is saved.")
                 break

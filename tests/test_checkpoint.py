@@ -12,7 +12,7 @@ from jaxvp.rules import named_leaves
 
 # When one array cannot be read, Orbax closes its event loop while others are still on their way.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 
 SPECS = ((".*kernel", ("fsdp",)),)
 FINE_TUNING = optim.OptimizerConfig(learning_rate=1e-3, weight_decay=0.1,
@@ -202,6 +202,54 @@ def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, state, abstract, cap
     own.save(2, newer, data={}, assets={})  # The step is free again.
     own.wait()
     assert_same(newer, own.restore_latest(abstract).state)
+
+
+def test_every_truncated_file_is_damage(tmp_path, state, abstract):
+    """Orbax raises anything for it, a bare Exception among others."""
+    save(tmp_path, state, 1)
+    save(tmp_path, make_state(1), 2)
+    newest = tmp_path / "checkpoints" / "2"
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size > 1]
+    whole = {path: path.read_bytes() for path in files}
+    assert any("/d/" in str(path) for path in files)
+    for path in files:
+        path.write_bytes(whole[path][: len(whole[path]) // 2])
+        try:
+            assert Checkpoints(tmp_path).restore_latest(abstract).step in (1, 2)
+        finally:
+            aside = tmp_path / "checkpoints" / "damaged-2"
+            if aside.exists():
+                aside.rename(newest)
+            path.write_bytes(whole[path])
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied"), ConnectionResetError(104, "reset"),
+    OSError(5, "Input/output error"), ValueError("UNAVAILABLE: Error reading gs://bucket/x"),
+    Exception("PERMISSION_DENIED: no access")])
+def test_what_cannot_be_reached_is_not_damaged(tmp_path, state, abstract, monkeypatch, error):
+    save(tmp_path, state, 1, 2)
+
+    def unreachable(*arguments, **keywords):
+        raise error
+    monkeypatch.setattr(checkpoint.ocp.CompositeCheckpointHandler, "restore", unreachable)
+    with pytest.raises(type(error)):
+        Checkpoints(tmp_path).restore_latest(abstract)
+    assert Checkpoints(tmp_path).steps == [1, 2]
+
+
+def test_origin_is_where_a_run_will_start(tmp_path, state):
+    assets = {"normalizers": {"arm": {"mode": "min_max"}}}
+    assert checkpoint.origin(tmp_path / "new") == checkpoint.Origin()
+    own = Checkpoints(tmp_path / "run")
+    own.save(1, state, data={"step": 1}, assets=assets)
+    own.wait()
+    for arguments, continues in (((tmp_path / "run",), True),
+                                 ((tmp_path / "new", str(tmp_path / "run")), True),
+                                 ((tmp_path / "new", "", str(tmp_path / "run")), False)):
+        found = checkpoint.origin(*arguments)
+        assert found.path.endswith("run/checkpoints/1") and found.continues == continues
+        assert found.normalizers == assets["normalizers"] and found.data == {"step": 1}
 
 
 def test_when_all_are_damaged_nothing_is_moved(tmp_path, state, abstract):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rich
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxvp.metrics import MetricWriter, NonFiniteError, check_finite
 
@@ -16,16 +16,19 @@ def rows(workdir):
 
 
 def board(workdir):
-    """{(tag, step): value} of everything that TensorBoard would show."""
+    """{(tag, step): [values]} of everything that TensorBoard would show: it leaves out what is
+    from the step of a restart on, of what came before it."""
     found = {}
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = io.BytesIO(path.read_bytes())
         while header := data.read(12):
             event = Event.FromString(data.read(int.from_bytes(header[:8], "little")))
             data.read(4)
+            if event.session_log.status == SessionLog.START:
+                found = {key: values for key, values in found.items() if key[1] < event.step}
             for value in event.summary.value:
                 image = value.image.encoded_image_string
-                found[value.tag, event.step] = image or value.simple_value
+                found.setdefault((value.tag, event.step), []).append(image or value.simple_value)
     return found
 
 
@@ -40,21 +43,19 @@ def test_scalars_go_everywhere(tmp_path, capsys):
     assert first["clips_per_second"] > 0 and second["loss"] == 0.25
     assert third.keys() == {"step", "time", "validation"}
     shown = board(tmp_path)
-    assert shown["loss", 2] == 0.5 and shown["loss", 4] == 0.25 and shown["validation", 4] == 1.5
+    assert (shown["loss", 2], shown["loss", 4], shown["validation", 4]) == ([0.5], [0.25], [1.5])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 2  loss 0.5  video loss 0.25  clips per second ")
 
 
-def test_images_and_videos(tmp_path):
+def test_videos(tmp_path):
     image = np.zeros((6, 8, 3), np.uint8)
     image[:, :4] = 255
     video = np.stack([image, image[:, ::-1], image])
     with MetricWriter(tmp_path, 10, 4) as writer:
-        writer.image(3, "first", image)
         writer.video(3, "sample", video, fps=8)
     shown = board(tmp_path)
-    assert np.array_equal(Image.open(io.BytesIO(shown["first", 3])), image)
-    gif = Image.open(io.BytesIO(shown["sample", 3]))
+    gif = Image.open(io.BytesIO(shown["sample", 3][0]))
     assert gif.n_frames == 3 and gif.info["loop"] == 0 and gif.info["duration"] == 120
     gif.seek(1)
     assert np.array_equal(gif.convert("RGB"), video[1])
@@ -78,12 +79,45 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
 
 
+def test_what_was_flushed_survives_a_kill(tmp_path):
+    """TensorBoard keeps numbers in memory; a checkpoint is saved when they are in its file."""
+    writer = MetricWriter(tmp_path, 10, 4)
+    writer.scalars(1, {"loss": 0.5})
+    writer.flush()
+    assert board(tmp_path)["loss", 1] == [0.5] and rows(tmp_path)[0]["loss"] == 0.5
+    writer.close()
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_steps_that_are_done_again_are_shown_once(tmp_path, start):
+    """Also those of a run that was stopped before its first checkpoint."""
+    for value in (1.0, 2.0):
+        with MetricWriter(tmp_path, 10, 4, start=start if value > 1 else 0) as writer:
+            for step in range(1 + (start if value > 1 else 0), 4):
+                writer.scalars(step, {"loss": value})
+    expected = [(step, 1.0 if step <= start else 2.0) for step in (1, 2, 3)]
+    shown = {step: values for (name, step), values in board(tmp_path).items() if name == "loss"}
+    assert shown == {step: [value] for step, value in expected}
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == expected
+
+
+def test_lines_that_stay_are_not_written_again(tmp_path):
+    """A start that dies half-way must not have emptied the file."""
+    with MetricWriter(tmp_path, 10, 4) as writer:
+        writer.scalars(1, {"loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").stat()
+    with MetricWriter(tmp_path, 10, 4, start=1):
+        pass
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with MetricWriter(tmp_path, 10, 4) as writer:
         writer.advance(1)
         writer.scalars(1, {"loss": 1.0})
-        writer.image(1, "x", np.zeros((2, 2, 3), np.uint8))
+        writer.video(1, "x", np.zeros((2, 2, 2, 3), np.uint8), 8)
     assert not list(tmp_path.iterdir())
 
 
@@ -91,7 +125,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
     writer = MetricWriter(tmp_path, 10, 4)
-    monkeypatch.setattr(writer._board, "add_scalar", fail)
+    monkeypatch.setattr(writer._board, "write_event", fail)
     writer.scalars(1, {"loss": 1.0})
     with pytest.raises(OSError, match="disk full"):
         writer.close()

@@ -1,6 +1,4 @@
 import contextlib
-import functools
-import json
 import os
 import signal
 import subprocess
@@ -9,29 +7,20 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from tiny_run import config_of, rows, weights, write_config
 
-from configs import finetune, pretrain
+from configs import finetune
 from data_builders.build import build
 from data_builders.tabletop.tabletop import Builder
 from jaxvp import checkpoint, export, train
 from jaxvp import step as step_lib
 from jaxvp.config import ConfigError
+from jaxvp.data import augment, mixture
 from jaxvp.errors import UserError
 from jaxvp.metrics import NonFiniteError
 from jaxvp.policy import bundle
 from jaxvp.rules import named_leaves
-
-SMALL = {
-    "method.video.width": 16, "method.video.ffn": 32, "method.video.layers": 2,
-    "method.video.unroll": 1, "method.taps": (0, 1), "method.text.width": 8,
-    "method.head.width": 16, "method.head.layers": 1, "method.head.heads": 2,
-    "method.video_steps": 2, "method.action_steps": 2, "data.image_size": 16,
-    "data.num_frames": 3, "data.chunk": 4, "execution_horizon": 2, "embedded": {},
-    "optimizer.warmup_steps": 1, "batch_size": 8, "log_every": 1, "validate_every": 0,
-    "validation_batches": 1, "sample_every": 0, "sample_clips": 2, "save_every": 3, "keep": 9,
-}
 
 
 @pytest.fixture(scope="session")
@@ -42,33 +31,12 @@ def dataset(tmp_path_factory):
     return str(out)
 
 
-def config_of(dataset, base=pretrain, **changes):
-    config = base.get_config()
-    for key, value in (SMALL | {"steps": 4} | changes).items():
-        with config.unlocked(), config.ignore_type():
-            *path, last = key.split(".")
-            functools.reduce(getattr, path, config)[last] = value
-    config.data.sources = ({"path": dataset},)
-    return config
-
-
-def weights(workdir, step, item="params"):
-    with ocp.StandardCheckpointer() as reader:
-        return named_leaves(reader.restore(workdir / "checkpoints" / str(step) / item))
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @contextlib.contextmanager
 def command(config, workdir, devices=8):
     """`python -m jaxvp.main` for a config, in a process that does not outlive the block."""
-    file = workdir.with_suffix(".py")
-    file.write_text("from ml_collections import ConfigDict\n\n\n"
-                    f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n")
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    line = [sys.executable, "-m", "jaxvp.main", f"--config={file}", f"--workdir={workdir}"]
+    line = [sys.executable, "-m", "jaxvp.main", f"--config={write_config(config, workdir)}",
+            f"--workdir={workdir}"]
     with subprocess.Popen(line, env={**os.environ, "XLA_FLAGS": flags}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
@@ -109,7 +77,7 @@ def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
         for name, leaf in expected.items():
             np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     a, b = (checkpoint.restore_json(workdir, "data") for workdir in (killed, straight))
-    assert a == b == {"step": steps, "batch_size": 8}
+    assert a == b and (a["step"], a["batch_size"]) == (steps, 8)
     # The same batches: the losses of every step agree, of those after the restart too.
     losses = [[(row["step"], row["loss"]) for row in rows(workdir)]
               for workdir in (killed, straight)]
@@ -146,6 +114,39 @@ def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, t
     assert policy.imagine(seen, np.asarray(keys)).shape == (3, 3, 24, 16, 3)
     with pytest.raises(ValueError, match="--robot=aloha"):
         export.export(tmp_path / "action", tmp_path / "other", 2, "aloha")
+
+
+def test_a_run_on_crops_is_validated_and_exported_on_the_middle(dataset, tmp_path):
+    """24 of 32 pixels are shown; the loader has enlarged pictures of 16."""
+    config = config_of(dataset, steps=2, validate_every=2, **{
+        "stage": "joint", "data.crop": 0.75, "data.source_size": 32, "method.video_steps": 1,
+        "method.action_steps": 1})
+    train.train(config, tmp_path / "run")
+    export.export(tmp_path / "run", tmp_path / "bundle", batch_size=2)
+    config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
+    clip = mixture.validation_batches(config.data, 8, 1)[0]
+    assert clip["video"].shape[3:5] == (32, 32)
+    spec = mixture.clip_spec(config.data, mixture.statistics(config.data))
+    method, params = step_lib.make_method(config, spec), checkpoint.restore_params(tmp_path / "run")
+    middle = augment.fit({**clip, "video": clip["video"][..., 4:28, 4:28, :]}, spec)
+
+    @jax.jit
+    def loss(clip):
+        return method.loss(params, clip, step_lib.clip_keys(config.seed, 0, 8), "joint")[0]
+
+    found = rows(tmp_path / "run")[-1]["validation_loss"]
+    np.testing.assert_allclose(found, loss(middle), rtol=1e-4)
+    assert abs(found - loss(augment.fit(clip, spec))) > 1e-3 * found
+
+    policy, keys = bundle.load(tmp_path / "bundle"), jax.random.split(jax.random.key(0), 8)
+    assert policy.manifest.image_size == (32, 32)
+    actions = policy.act(train.observe(clip), np.asarray(jax.random.key_data(keys)))
+    expected = jax.jit(method.act)(params, train.observe(middle), keys)
+    np.testing.assert_allclose(actions, expected, atol=1e-3)
+    frames = policy.imagine(train.observe(clip), np.asarray(jax.random.key_data(keys)))[:, 0]
+    off = [np.abs(frames - np.float32(method.shown(params, seen)[:, 0])).mean()
+           for seen in (middle, augment.fit(clip, spec))]
+    assert off[0] < 0.5 < off[1]
 
 
 def test_eight_devices_train_as_one(dataset, tmp_path):

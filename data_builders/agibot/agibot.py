@@ -26,6 +26,7 @@ from data_builders import builder, episode, json_file, video
 from data_builders.builder import Skip, option
 from data_builders.hdf5 import column, opened
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 30
 # Robots with hands have fisheye cameras at their wrists.
@@ -72,12 +73,12 @@ class Builder(builder.RawBuilder):
           UserError: the folders are not there, or nothing is unpacked.
         """
         items = set()
-        for task in filter(lambda path: path.name.isdigit(), self.path("observations").iterdir()):
-            folders = [int(folder.name) for folder in task.iterdir() if folder.name.isdigit()]
+        for task in filter(lambda path: path.name.isdigit(), find(self.path("observations"), "*")):
+            folders = [int(folder.name) for folder in find(task, "*") if folder.name.isdigit()]
             listed = self._task_info(int(task.name)) if folders else ()
             items |= {(int(task.name), number) for number in [*folders, *listed]}
         if not items:
-            packed = next(self.path("observations").rglob("*.tar"), None)
+            packed = find(self.path("observations"), "**/*.tar")
             hint = f"only archives: unpack them, `{UNPACK}`" if packed else "nothing like that"
             raise UserError(
                 f"--raw={self.raw}: expected observations/<task>/<episode>/videos, found {hint}.")

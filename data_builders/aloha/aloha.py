@@ -12,6 +12,7 @@ cameras of its first file that can be read, and the motion of the base if that f
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, images
 from data_builders.builder import option
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 50
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
@@ -72,7 +74,7 @@ class Builder(builder.RawBuilder):
         return [str(path.relative_to(self.path())) for path in files]
 
     def _files(self) -> list[Path]:
-        files = [path for path in self.path().rglob("episode_*.hdf5")
+        files = [path for path in find(self.path(), "**/episode_*.hdf5")
                  if re.fullmatch(r"episode_\d+", path.stem)]
         if not files:
             raise UserError(f"--raw={self.raw} has no episode_<n>.hdf5, nor has a folder "
@@ -93,7 +95,7 @@ class Builder(builder.RawBuilder):
                 states=len(state), actions=len(action),
                 **{name: len(frames) for name, frames in found.items()})
             self.admit(length, FPS, len(found))
-            folder = path.resolve().parent.name
+            folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
             text = self.instruction(self.task or folder.replace("_", " "))
             # Old files have no `sim` and are real (act-plus-plus, utils.py).
             real = not file.attrs.get("sim", False)

@@ -26,6 +26,7 @@ from data_builders import builder, episode, images
 from data_builders.builder import option
 from jaxvp import unpickle
 from jaxvp.config import Share
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 FPS = 30.0
@@ -130,7 +131,8 @@ def read(path: Path, *keys: str) -> list[np.ndarray]:
 
 
 def read_annotations(path: Path) -> list[tuple[int, int, str]]:
-    """(first frame, last frame, text) of every annotated part.
+    """(first frame, last frame, text) of every annotated part, of which the file has the first
+    frame and the one after the last: CALVIN's annotator writes (start, start + length).
 
     Raises:
       UserError: the file holds something else, or asks for code that is not allowed.
@@ -139,7 +141,7 @@ def read_annotations(path: Path) -> list[tuple[int, int, str]]:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
         table = unpickle.load(file).item()
-        return [(int(first), int(last), episode.clean_text(text)) for (first, last), text in zip(
+        return [(int(first), int(end) - 1, clean_instruction(text)) for (first, end), text in zip(
             table["info"]["indx"], table["language"]["ann"], strict=True)]
 
 

@@ -20,6 +20,7 @@ go, the arm stands still: --noops=drop leaves these steps out.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,9 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, video
 from data_builders.builder import Skip
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 15
 # Cameras, robot and names are those of the RLDS release in open_x/datasets.py, so that both forms
@@ -65,9 +68,16 @@ def serials(file: h5py.File) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def annotations(root: Path) -> dict[str, dict[str, str]]:
-    """Episode id to its instructions, of the latest file of annotations; {} without one."""
-    files = sorted(root.glob("aggregated-annotations-*.json"))
-    return json_file.read(files[-1]) if files else {}
+    """Episode id to its instructions, of the latest file of annotations, whose name ends with
+    MMDDYY; {} without one."""
+    files = find(root, "aggregated-annotations-*.json")
+    return json_file.read(max(files, key=_date)) if files else {}
+
+
+def _date(path: Path) -> tuple[str, str]:
+    """(YY, MMDD) of a name that ends with MMDDYY; others are the oldest."""
+    found = re.search(r"-(\d{4})(\d\d)$", path.stem)
+    return (found[2], found[1]) if found else ("", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,7 @@ class Builder(builder.RawBuilder):
         """
         root = self.path()
         folders = [folder for outcome in ("success", "failure")
-                   for folder in root.glob(f"*/{outcome}/*/*")]
+                   for folder in find(root, f"*/{outcome}/*/*")]
         if not folders:
             raise UserError(
                 f"--raw={self.raw} has no <lab>/<success|failure>/<date>/<time>/trajectory.h5.")
@@ -136,11 +146,11 @@ class Builder(builder.RawBuilder):
 
     def _number(self, item: str) -> str:
         """The episode id, which is in the name of the metadata."""
-        for file in self.path(item).glob("metadata_*.json"):
+        for file in find(self.path(item), "metadata_*.json"):
             return file.stem.removeprefix("metadata_")
         raise UserError(f"{item}/metadata_<episode id>.json")
 
     def _text(self, number: str) -> str:
         entry = annotations(self.path()).get(number, {})
-        texts = [episode.clean_text(entry.get(f"language_instruction{i}")) for i in (1, 2, 3)]
+        texts = [clean_instruction(entry.get(f"language_instruction{i}")) for i in (1, 2, 3)]
         return next(filter(None, texts), "")

@@ -24,7 +24,9 @@ import numpy as np
 from data_builders import builder, episode, hdf5, video
 from data_builders.builder import Skip, option
 from jaxvp.config import Share
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FPS = 30
 TRACKED = 0.1  # Confidences are bimodal: below 0.003, or above 0.2.
@@ -68,7 +70,7 @@ def description(file: h5py.File) -> str:
     """
     def text(name: str) -> str:
         value = file.attrs.get(name)
-        return episode.clean_text(value if isinstance(value, bytes) else str(value))
+        return clean_instruction(value if isinstance(value, bytes) else str(value))
 
     undone = text("llm_type") == "reversible" and text("which_llm_description") != "1"
     return text("llm_description2" if undone else "llm_description")
@@ -97,7 +99,7 @@ class Builder(builder.RawBuilder):
         """
         root = self.path()
         files = {file.relative_to(root).with_suffix("") for ending in ("hdf5", "mp4")
-                 for file in root.rglob(f"*/*/*.{ending}")}
+                 for file in find(root, f"**/*/*/*.{ending}")}
         if not files:
             raise UserError(f"--raw={self.raw} has no <part>/<task>/<number>.hdf5.")
         return [file.as_posix() for file in sorted(

@@ -16,7 +16,6 @@ grippers and which values mean closed and open, and which action dimensions are 
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,9 @@ import numpy as np
 
 from data_builders import builder, episode
 from data_builders.builder import option
-from data_builders.lerobot.dataset import Dataset, Part
+from data_builders.lerobot.dataset import Dataset, Part, whole
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Builder(builder.RawBuilder):
 
         Raises:
           UserError: there is no dataset, or one that cannot be read.
-          UserError: the datasets do not have the same dimensions, or an option names what they do
-            not have.
+          UserError: the datasets do not have the same dimensions, an option names what they do not
+            have, or no episode has a camera.
         """
         datasets = self.datasets()
         parts = {folder: self._parts(dataset) for folder, dataset in datasets.items()}
@@ -81,7 +81,11 @@ class Builder(builder.RawBuilder):
             if unknown := set(wanted) - set(names):
                 raise UserError(f"--{flag}: there is no dimension {', '.join(sorted(unknown))}; "
                                 f"there are {', '.join(names)}.")
-        self.features()  # Checks the cameras.
+        for camera in episode.cameras(self.features()):
+            having = [dataset for dataset in datasets.values() if camera in dataset.cameras]
+            if all(dataset.absent(camera) for dataset in having):
+                raise UserError(f"--raw={self.raw}: no episode has a video of the camera {camera}: "
+                                "complete the download, or leave it out by --cameras.")
         return [(folder, index) for folder, dataset in datasets.items()
                 for index in dataset.episodes]
 
@@ -93,13 +97,15 @@ class Builder(builder.RawBuilder):
         folder, index = item
         dataset = self.datasets()[folder]
         state, action = self._parts(dataset)
-        columns = {self.task_column, "timestamp"} | {part.feature for part in state + action}
+        columns = {self.task_column} | {part.feature for part in state + action}
         table = dataset.table(index, sorted(columns))
         rows = len(table)
         frames = {camera: dataset.frames(index, camera, rows)
                   for camera in self.cameras or dataset.cameras if camera in dataset.cameras}
         frames = {camera: count for camera, count in frames.items() if count}
         length, notes = episode.shortest(states=rows, **frames)
+        if any(dataset.drifts(index, camera) for camera in frames):
+            notes = (*notes, "times of videos drift: frames are counted instead")
         self.admit(length, dataset.fps, len(frames))
         texts = self._instructions(dataset, index, table)
         table = table.slice(0, length)
@@ -107,13 +113,12 @@ class Builder(builder.RawBuilder):
         actions = self._values(dataset, table, action) if action else None
         relative = [name in self.relative for name in _names(action)]
         steps = self.kept(length, dataset.fps, actions, relative)
-        seconds = np.array(table["timestamp"].to_pylist(), np.float64)[steps]
         path = dataset.data_path(index).relative_to(self.path())
         yield episode.Episode(
             dataset=self.name,
             episode_id=self.episode_id(item),
             robot=self.robot or self._robot_type(dataset),
-            images={camera: dataset.jpegs(index, camera, steps, seconds, self.image_size)
+            images={camera: dataset.jpegs(index, camera, steps, self.image_size)
                     for camera in frames},
             camera_text="cameras " + ", ".join(name.replace("_", " ") for name in frames),
             state=None if states is None else states[steps],
@@ -175,15 +180,14 @@ class Builder(builder.RawBuilder):
 
     def _instructions(self, dataset: Dataset, index: int, table) -> list[str]:
         """One per step: its task, or what AgiBot's `instruction_segments` say instead."""
-        column = table[self.task_column].to_pylist()
-        texts = [value if isinstance(value, str) else dataset.tasks[value] for value in column]
+        texts = dataset.texts(table[self.task_column])
         segments = dataset.info.get("instruction_segments") or {}
         for segment in segments.get(str(index), ()):
             if segment.get("track", "default") == "default":  # The others overlap it.
-                cut = slice(segment["start_frame_index"], segment["end_frame_index"])
+                cut = slice(*(whole(segment[f"{side}_frame_index"], f"{side}_frame_index")
+                              for side in ("start", "end")))
                 texts[cut] = [segment["instruction"]] * len(texts[cut])
-        cleaned = {text: self.instruction(text) for text in dict.fromkeys(texts)}
-        return [cleaned[text] for text in texts]
+        return self.instructions(texts)
 
 
 def _names(parts: list[Part]) -> list[str]:
@@ -193,14 +197,11 @@ def _names(parts: list[Part]) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _datasets(raw: Path) -> dict[str, Dataset]:
-    found = {}
-    for folder, folders, _ in os.walk(raw):
-        folders.sort()
-        if Path(folder, "meta", "info.json").exists():
-            found[str(Path(folder).relative_to(raw))] = Dataset(Path(folder))
-            folders.clear()
+    roots = [path.parent.parent for path in find(
+        raw, "**/meta/info.json", lambda folder: not (folder / "meta/info.json").exists())]
+    found = {str(root.relative_to(raw)): Dataset(root) for root in roots}
     if not found:
-        packed = sorted(raw.rglob("*.tar.gz"))
+        packed = find(raw, "**/*.tar.gz")
         hint = f", only archives such as {packed[0]}: unpack them" if packed else ""
         raise UserError(f"--raw={raw}: no folder there or below has meta/info.json{hint}.")
     return found

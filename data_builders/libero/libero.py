@@ -25,6 +25,7 @@ from data_builders.builder import option
 from jaxvp.config import NonNegativeInt, PositiveInt
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Builder(builder.Builder):
             raise UserError(f"--suites={','.join(unknown)}: choose of {', '.join(libero.SUITES)}.")
         files = []
         for suite in self.suites or libero.SUITES:
-            found = sorted(Path(self.raw, suite).glob("*_demo.hdf5"))
+            found = find(Path(self.raw, suite), "*_demo.hdf5")
             if not found and self.suites:
                 raise UserError(f"--raw={self.raw} has no {suite}/*_demo.hdf5.")
             files += found

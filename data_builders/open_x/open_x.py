@@ -25,6 +25,7 @@ from data_builders.builder import option
 from data_builders.open_x import tfrecord
 from data_builders.open_x.datasets import DATASETS, VIEWS, Dataset, Part
 from data_builders.open_x.rules import RULES
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 
@@ -182,9 +183,10 @@ class Builder(builder.RawBuilder):
             if len(texts[-1]) > length:
                 codes = record.array(f"steps/{key}")
                 texts[-1] = [bytes(row[row != 0].tolist()) for row in codes]
-        said = [next(filter(None, choices), b"") for choices in zip(*texts, strict=True)]
-        cleaned = {text: self.instruction(text) for text in dict.fromkeys(said)}
-        return [cleaned[text] for text in said]
+        steps = list(zip(*texts, strict=True))
+        said = {choices: next(filter(None, map(clean_instruction, choices)), "")
+                for choices in dict.fromkeys(steps)}
+        return self.instructions([said[choices] for choices in steps])
 
     def _download(self) -> tfrecord.Download:
         return tfrecord.download(self.path("dataset_info.json").parent)

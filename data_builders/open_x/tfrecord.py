@@ -111,6 +111,22 @@ def download(folder: Path) -> Download:
       UserError: the files are not TFRecord, or there are none.
     """
     info = json_file.read(folder / "dataset_info.json")
+    try:
+        files = _files(info, folder)
+        prepared = info.get("moduleName", "").startswith("rlds_dataset_mod")
+        name, version = info["name"], info["version"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/dataset_info.json is not as TFDS writes it: {error}") from error
+    features = json_file.read(folder / "features.json")
+    try:
+        specs = dict(_specs(features))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/features.json is not as TFDS writes it: {error}") from error
+    return Download(name, version, files, specs, prepared)
+
+
+def _files(info: Mapping, folder: Path) -> dict[str, tuple[str, int]]:
+    """Name of every file to (split, number of records)."""
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise UserError(f"{folder} holds {info['fileFormat']} files, not tfrecord.")
     files = {}
@@ -124,9 +140,7 @@ def download(folder: Path) -> Download:
             files[path.name] = split["name"], count
     if not files:
         raise UserError(f"{folder}/dataset_info.json lists no files.")
-    specs = dict(_specs(json_file.read(folder / "features.json")))
-    prepared = info.get("moduleName", "").startswith("rlds_dataset_mod")
-    return Download(info["name"], info["version"], files, specs, prepared)
+    return files
 
 
 def _specs(feature: Mapping, path: str = "") -> Iterator[tuple[str, Spec]]:

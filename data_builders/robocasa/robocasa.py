@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, images
 from data_builders.builder import Skip
 from data_builders.lerobot.dataset import Dataset
+from jaxvp.data.text import clean_instruction
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
 
@@ -124,17 +125,17 @@ class Builder(builder.RawBuilder):
     def _lerobot(self, item, source: Dataset, number: int) -> episode.Episode:
         parts = [source.part(f"state.{part}") for _, part in STATE], [
             source.part(f"action.{part}") for part in ACTION]
-        columns = {part.feature for side in parts for part in side} | {"task_index", "timestamp"}
+        columns = {part.feature for side in parts for part in side} | {"task_index"}
         table = source.table(number, sorted(columns))
         state, action = (source.vectors(table, side) for side in parts)
-        times = np.array(table["timestamp"].to_pylist(), np.float64)
         counts = {camera: source.frames(number, camera, len(table))
                   for camera in self.view_names(CAMERAS) if camera in source.cameras}
         counts = {camera: count for camera, count in counts.items() if count}
-        text = source.tasks[table["task_index"][0].as_py()] if len(table) else None
+        texts = map(clean_instruction, source.texts(table["task_index"]))
+        text = next(filter(None, texts), "")
 
         def jpegs(camera: str, steps: np.ndarray) -> list[bytes]:
-            return source.jpegs(number, camera, steps, times[steps], self.image_size)
+            return source.jpegs(number, camera, steps, self.image_size)
 
         return self._episode(item, state, action, text, counts, jpegs)
 

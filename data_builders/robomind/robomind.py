@@ -26,6 +26,7 @@ from data_builders import builder, episode, hdf5, images, json_file
 from data_builders.builder import option
 from data_builders.robomind.embodiments import EMBODIMENTS, GRIPPER, Embodiment
 from jaxvp.config import PositiveFloat, Share
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 # Frames that were stored without encoding, by their number of bytes.
@@ -136,16 +137,17 @@ class Builder(builder.RawBuilder):
         path = self.path() / "language_description_annotation_json" / name
         annotation = annotations(path).get(self.episode_id(item), {})
         table = instructions(self.path("RoboMIND_v1_2_instr.csv"))
-        task = table.get(self.episode_id(item).split("/")[0]) or annotation.get("task_summary")
+        task = clean_instruction(table.get(self.episode_id(item).split("/")[0])) or (
+            clean_instruction(annotation.get("task_summary")))
         parts = annotation.get("steps") if self.language == "steps" else None
         if not parts:
             return [self.instruction(task)] * length
         # The number of the frame is in a name such as camera_top_0023.jpg.
         texts = sorted((int(str(part["start_frame"]).rpartition("_")[2].partition(".")[0]),
-                        self.instruction(part["step_description"] or task)) for part in parts)
+                        clean_instruction(part["step_description"]) or task) for part in parts)
         starts = [start for start, _ in texts]
         part_of = np.searchsorted(starts, np.arange(length), side="right") - 1
-        return [texts[part][1] for part in np.maximum(part_of, 0)]
+        return self.instructions([texts[part][1] for part in np.maximum(part_of, 0)])
 
 
 def recode(data: bytes, size: int, swapped: bool) -> bytes:

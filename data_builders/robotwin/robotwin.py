@@ -16,6 +16,7 @@ by hash.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ class Builder(builder.RawBuilder):
           UserError: there are none.
         """
         found = hdf5.files(self.path(), "**/data/episode*.hdf5")
-        robots = [robot_of(self.path(item).resolve()) for item in found]
+        robots = [robot_of(self.path(item)) for item in found]
         if self.robot not in robots:
             raise UserError(f"--raw={self.raw} has no folder of --robot={self.robot}, but "
                             f"of {', '.join(sorted(set(robots)))}.")
@@ -133,9 +134,10 @@ class Builder(builder.RawBuilder):
 
 
 def robot_of(path: Path) -> str:
-    """The robot of a file, by the name of its configuration's folder."""
-    folder = path.parts[-3].lower()
-    return next((robot for robot in ROBOTS if robot in folder), next(iter(ROBOTS)))
+    """The robot of a file, by the name of its configuration's folder, or of what that links to."""
+    folder = Path(os.path.abspath(path)).parents[1]
+    names = f"{folder.name} {folder.resolve().name}".lower()
+    return next((robot for robot in ROBOTS if robot in names), next(iter(ROBOTS)))
 
 
 def vectors(file: h5py.File, group: str, arm: str, gripper: str) -> np.ndarray:

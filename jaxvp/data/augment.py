@@ -1,4 +1,4 @@
-"""Pictures on the device: resized from the size in which they are loaded, cropped at random."""
+"""Pictures on the device: resized from the size in which they are loaded, and cropped."""
 
 from collections.abc import Mapping
 
@@ -14,20 +14,21 @@ def fit(clip: Mapping, spec: ClipSpec, keys: jax.Array | None = None, crop: floa
     Args:
       clip: video uint8[B, V, T, H', W', 3] of any size; a batch of latents stays as it is.
       spec: has the H and W that are wanted.
-      keys: one a clip. With them each view shows a part of its picture, the same in all frames.
-      crop: height and width of that part as shares of the picture's, in (0, 1].
+      keys: one a clip. With them, as in training, each view shows a part of its picture that is
+        drawn, the same in all frames; without them, everywhere else, it shows the middle.
+      crop: `DataConfig.crop`, height and width of that part as shares of the picture's, in (0, 1].
+        A model that was trained on parts must see objects at the size that they have there.
 
     Returns:
       `clip` with video uint8[B, V, T, H, W, 3].
     """
     size = spec.height, spec.width
-    if "video" not in clip or (clip["video"].shape[3:5] == size and (keys is None or crop == 1.0)):
+    if "video" not in clip or (clip["video"].shape[3:5] == size and crop == 1.0):
         return dict(clip)
     video = clip["video"]
     batch, views, frames, *source, _ = video.shape
-    crop = 1.0 if keys is None else crop
-    start = jnp.zeros((batch, views, 2))
-    if crop < 1.0:  # Apart from the keys of the noise.
+    start = jnp.full((batch, views, 2), (1.0 - crop) / 2)
+    if keys is not None and crop < 1.0:  # Apart from the keys of the noise.
         start = jax.vmap(lambda key: jax.random.uniform(
             jax.random.fold_in(key, 1), (views, 2), maxval=1.0 - crop))(keys)
 

@@ -3,12 +3,13 @@ and lengths."""
 
 import hashlib
 import json
-import math
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from jaxvp.data import rates
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.rlds import Episodes, cached
 from jaxvp.data.text import ByteTokenizer
@@ -17,7 +18,7 @@ from jaxvp.errors import UserError
 
 # Options of builders that an evaluation must share with the making of the data.
 PROTOCOL = ("image_size", "rotation")
-RATE_TOLERANCE = 0.01  # Of a robot's rates: 29.97 steps per second are 30.
+RATE = "steps per second"
 
 
 def distinct_texts(episodes: Episodes) -> list[str]:
@@ -52,13 +53,12 @@ def check_robots(sources: Iterable[Episodes]):
             records = records[episodes.has_action[records]]
             _, first = np.unique(episodes.rows["texts"]["options"][records], return_index=True)
             options = [json.loads(episodes.text("options", record)) for record in records[first]]
-            found = [("steps per second", float(rate)) for rate in np.unique(episodes.fps[records])]
+            found = [(RATE, float(rate)) for rate in np.unique(episodes.fps[records])]
             found += [(f"--{name}", made.get(name)) for name in PROTOCOL for made in options]
             for name, value in found:
                 other, folder = known.setdefault((robot, name), (value, episodes.folder))
-                same = (math.isclose(other, value, rel_tol=RATE_TOLERANCE)
-                        if name == "steps per second" else other == value)
-                if not same:
+                same = rates.same if name == RATE else operator.eq
+                if not same(other, value):
                     raise UserError(
                         f"Robot {robot!r} has {name} {other} in {folder} and {value} in "
                         f"{episodes.folder}, and a policy can have one: build the data alike, or "
@@ -76,10 +76,10 @@ def check_lengths(spec: ClipSpec, sources: Iterable[Episodes]) -> list[str]:
     """
     whole, seconds, steps = False, 0.0, {}
     for episodes in sources:
-        rates = episodes.fps.astype(np.float64)
-        last = np.floor((spec.num_frames - 1) * rates / spec.fps + 0.5)
+        fps = episodes.fps.astype(np.float64)
+        last = np.floor((spec.num_frames - 1) * fps / spec.fps + 0.5)
         whole |= bool((last < episodes.lengths).any())
-        seconds = max(seconds, float((episodes.lengths / rates).max()))
+        seconds = max(seconds, float((episodes.lengths / fps).max()))
         for robot in episodes.robots():
             records = episodes.records_of(robot)
             if len(records := records[episodes.has_action[records]]):

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import rich
 
-from jaxvp.data import observation
+from jaxvp.data import observation, rates
 from jaxvp.data.normalize import Normalizer
 from jaxvp.data.rlds import BadRecord, Episodes, Record, decode_image
 from jaxvp.data.text import ByteTokenizer
@@ -114,7 +114,7 @@ class Views:
                 f"{episodes.folder} has no camera {missing[0]!r}; it has {episodes.cameras}. Map "
                 "views to its names in the source's `cameras`, to None for a view that it lacks."
             )
-        if (slowest := float(episodes.fps.min())) < spec.fps:
+        if not rates.at_least(slowest := float(episodes.fps.min()), spec.fps):
             raise UserError(
                 f"{episodes.folder} has {slowest:g} frames per second, clips want {spec.fps:g}: "
                 "lower data.fps."
@@ -159,7 +159,8 @@ class Latents:
         wanted = {"cameras": list(spec.cameras), "num_frames": spec.num_frames, "fps": spec.fps,
                   "image_size": [spec.height, spec.width], "latents": list(spec.latents)}
         differing = [f"{name} {stored[name]}, not {value}" for name, value in wanted.items()
-                     if stored[name] != value]
+                     if not (rates.same(stored[name], value) if name == "fps"
+                             else stored[name] == value)]
         if differing:
             raise UserError(f"{episodes.folder} holds latents of other clips: "
                             f"{'; '.join(differing)}. Run jaxvp.data.precompute for this config.")

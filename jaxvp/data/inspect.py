@@ -213,19 +213,22 @@ def facts(episodes: Episodes, cameras: Mapping[str, str | None]) -> dict:
         return {episodes.text(name, record): count
                 for record, count in zip(first.tolist(), counts.tolist(), strict=True)}
 
-    layouts, rates = texts("camera_layout"), np.unique(episodes.fps)
+    def share(camera):
+        """Of the clips, which a camera is in."""
+        there = episodes.where("camera_layout", lambda layout: camera in layout.split(","))
+        return float(np.average(there, weights=episodes.lengths))
+
+    rates = np.unique(episodes.fps)
     acting = episodes.has_action.mean()
     return {
         "dataset": ", ".join(texts("dataset")),
         "episodes": count(episodes),
         "hours": float((episodes.lengths / episodes.fps).sum() / 3600),
         "frames": int(episodes.lengths.sum()),
-        "fps": " – ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1]))),
+        "fps": " – ".join(dict.fromkeys(f"{rate:g}" for rate in (rates[0], rates[-1]))),
         "robots": list(texts("robot")),
         "camera_texts": list(texts("camera_text")),
-        "views": [(view, camera, sum(number for layout, number in layouts.items()
-                                     if camera in layout.split(",")) / len(episodes))
-                  for view, camera in cameras.items()],
+        "views": [(view, camera, share(camera)) for view, camera in cameras.items()],
         "unused": [camera for camera in episodes.cameras if camera not in cameras.values()],
         "actions": "yes" if acting == 1 else f"{100 * acting:.0f} %" if acting else "no",
     }
@@ -267,7 +270,8 @@ def tables(found: Mapping, console: rich.console.Console):
     console.print(table)
     console.print("A clip starts at every frame. Share: of a batch, on average.\n")
     for source in found["sources"]:
-        views = [f"{view} = {camera or 'masked'}" for view, camera, _ in source["views"]]
+        views = [f"{view} = {camera} in {100 * there:.1f} % of the clips" if camera else
+                 f"{view} = masked" for view, camera, there in source["views"]]
         console.print(f"{source['path']}: {source['dataset']}", style="bold")
         console.print(f"  {'; '.join(source['robots'])}\n  {', '.join(views)}")
         for reason, number in source["left_out"].items():

@@ -20,15 +20,15 @@ import numpy as np
 import rich.progress
 
 from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
-from jaxvp.data import checks, normalize, rlds
+from jaxvp.data import checks, normalize, rates, rlds
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
-from jaxvp.data.normalize import Normalizer, Stats
+from jaxvp.data.normalize import Normalizer, StatsStream
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.data.rlds import BadRecord, Episodes, cached
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
 
-# Quantiles come from at most about this many steps of a robot, evenly spaced.
+# Quantiles are of at most this many steps of a robot, drawn from all.
 MAX_STATISTICS_STEPS = 2_000_000
 # Examples of a run; with sys.maxsize, Grain's own infinity, the length of batches of one overflows.
 ENDLESS = 1 << 60
@@ -77,7 +77,8 @@ class DataConfig:
       chunk: P, number of actions, at the rate of the dataset.
       image_size: H = W, or (H, W), of every view.
       source_size: the same as they are loaded, to be resized on the device; 0: image_size.
-      crop: side of the part that training shows of each view, in shares; 1.0: all of it.
+      crop: side of the part that is shown of each view, in shares: in training one that is drawn
+        anew for every clip, elsewhere (validation, samples, bundles) the middle; 1.0: all of it.
       latents: (t, h, w, c) when the sources hold latents, see jaxvp.data.precompute.
       cameras: the V views; default: those of the layout.
       layout: a name in `observation.LAYOUTS`.
@@ -117,6 +118,9 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise UserError("data.sources is empty: name at least one dataset.")
+        if self.crop < 1 and self.latents:
+            raise UserError(f"data.crop is {self.crop}, but data.latents are of whole pictures, of "
+                            "which no part can be shown: set data.crop=1.0 or data.latents=().")
         sources = list(self.sources)
         for i, source in enumerate(sources):
             if not isinstance(source, SourceConfig):
@@ -134,7 +138,7 @@ class BatchIterator:
     Attributes:
       normalizers: robot to the normalizer that the clips went through.
       spec: the shapes of a clip.
-      notes: what a user should know of the data, see `checks.check_lengths`.
+      notes: what a user should know of the data.
     """
 
     def __init__(self, batches: grain.MapDataset, sources: Sequence[Clips], batch_size: int, read,
@@ -142,6 +146,7 @@ class BatchIterator:
         self._batches, self._sources, self._batch_size = batches, sources, batch_size
         self._read, self._iterator, self.notes = read, None, notes
         self.spec, self.normalizers = sources[0].spec, sources[0].normalizers
+        self._digest = _digest([source.episodes for source in sources])
         self._seek(0)
 
     def __iter__(self):
@@ -152,16 +157,23 @@ class BatchIterator:
         self._step += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Where the iterator is, as JSON values; the same on every process."""
-        return {"step": self._step, "batch_size": self._batch_size}
+    def get_state(self) -> dict[str, int | str]:
+        """Where the iterator is, and in which data, as JSON values; the same on every process."""
+        return {"step": self._step, "batch_size": self._batch_size, "digest": self._digest}
 
-    def set_state(self, state: Mapping[str, int]):
+    def set_state(self, state: Mapping[str, int | str]):
         """Continues at a state, which may come from another number of processes.
 
         Raises:
-          UserError: the state is not at a multiple of this iterator's batch size.
+          UserError: the data is not what it was, or the state is not at a multiple of this
+            iterator's batch size.
         """
+        if state.get("digest") != self._digest:
+            raise UserError(
+                f"The datasets ({', '.join(str(s.episodes.folder) for s in self._sources)}) are "
+                "not those of the checkpoint: their records, or those that the sources keep, or "
+                "the sources have changed, so its place in the order of the clips means nothing. "
+                "Restore the data, or start a new run on it, with config.init_from.")
         examples = state["step"] * state["batch_size"]
         if examples % self._batch_size:
             raise UserError(
@@ -215,7 +227,7 @@ def train_iterator(
       batch_size: examples per step of all processes together.
       seed: of the order.
       process_index, process_count: which part of every batch this process makes.
-      normalizers: robot to normalizer, such as those of a checkpoint; default: `statistics`.
+      normalizers: robot to normalizer, those of a checkpoint; of the other robots: `statistics`.
 
     Raises:
       UserError: a dataset is absent, damaged or does not fit the config, or a text is too long, a
@@ -224,10 +236,9 @@ def train_iterator(
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
     checks.check_robots(opened.values())
-    if normalizers is None:
-        normalizers = _statistics(config, list(opened.values()))
+    normalizers, notes = _known(_statistics(config, list(opened.values())), normalizers or {})
     clips = _clips(config, opened, normalizers)
-    notes = checks.check_lengths(clip_spec(config, normalizers), opened.values())
+    notes += checks.check_lengths(clip_spec(config, normalizers), opened.values())
     if (total := sum(map(len, clips.values()))) < batch_size:
         raise UserError(f"batch_size is {batch_size}, but the data has only {total} clips.")
     # A thread of Grain waits for a batch; the threads that make it are `BatchReader`'s.
@@ -235,6 +246,38 @@ def train_iterator(
     batches = _batches(config, clips, batch_size, seed, process_index, process_count, ahead + 2)
     read = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     return BatchIterator(batches, list(clips.values()), batch_size, read, notes)
+
+
+def _known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
+           ) -> tuple[dict[str, Normalizer], list[str]]:
+    """The normalizers of the robots in the data, from `before` where it has them: what parameters
+    were trained with goes with them. And notes on those that the data would have changed.
+
+    Raises:
+      UserError: a robot has other dimensions than before, or is normalised in another way.
+    """
+    result, notes = {}, []
+    for robot, new in found.items():
+        old = before.get(robot)
+        if old is None:
+            result[robot] = new
+            continue
+        if old.mode != new.mode:
+            raise UserError(f"data.normalization is {new.mode!r}; the checkpoint knows {robot!r} "
+                            f"by {old.mode!r}.")
+        columns = {}
+        for column in ("action", "state"):
+            was, now = getattr(old, column), getattr(new, column)
+            if was and now and (was.names, was.units) != (now.names, now.units):
+                raise UserError(f"{column} of {robot!r} has the dimensions {now.names} in "
+                                f"{now.units}; the checkpoint knows it with {was.names} in "
+                                f"{was.units}. Give the robot another name.")
+            columns[column] = was or now
+            if was and now and was != now:
+                notes.append(f"{column} of {robot!r} is normalised as in the checkpoint, by its "
+                             f"{was.count} steps, not by the {now.count} of this data.")
+        result[robot] = Normalizer(**columns, mode=old.mode)
+    return result, notes
 
 
 def validation_batches(
@@ -308,7 +351,7 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
         "min_views": source.min_views <= sum(
             episodes.where("camera_layout", lambda names, camera=camera: camera in names.split(","))
             for camera in cameras),
-        "min_seconds": episodes.seconds() >= source.min_seconds,
+        "min_seconds": rates.at_least(episodes.seconds(), source.min_seconds),
     }
     if source.validation_fraction:
         drawn = episodes.where("episode_id", lambda name: _draw(name) < source.validation_fraction)
@@ -344,19 +387,24 @@ def statistics(config: DataConfig) -> dict[str, Normalizer]:
 
 
 def _statistics(config: DataConfig, sources: Sequence[Episodes]) -> dict[str, Normalizer]:
-    digest = hashlib.sha256()
-    for part in sorted(episodes.digest.encode() + episodes.rows["number"].tobytes()
-                       for episodes in sources):
-        digest.update(hashlib.sha256(part).digest())
-
     def make(folder: Path):
         (folder / "statistics.json").write_text(json.dumps(_compute_statistics(sources)))
 
-    folder = cached(sources[0].folder, f"statistics-{digest.hexdigest()[:16]}-v2", make)
+    name = f"statistics-{_digest(sorted(sources, key=lambda s: _digest([s])))}-v3"
+    folder = cached(sources[0].folder, name, make)
     return {
         robot: Normalizer.from_dict(columns | {"mode": config.normalization})
         for robot, columns in json.loads((folder / "statistics.json").read_text()).items()
     }
+
+
+def _digest(sources: Sequence[Episodes]) -> str:
+    """16 hexadecimal digits of the content of these sources, in this order."""
+    digest = hashlib.sha256()
+    for episodes in sources:
+        part = episodes.digest.encode() + episodes.rows["number"].tobytes()
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
 
 
 def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
@@ -364,8 +412,7 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
     result = {}
     for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
         records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
-        stride = 1 + sum(int(e.lengths[record]) for e, record in records) // MAX_STATISTICS_STEPS
-        rows, names = {"action": [], "state": []}, {}
+        streams: dict[str, StatsStream] = {}
         title = f"Statistics of {robot}, once"
         for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
             try:
@@ -374,23 +421,32 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
                 columns = ("action", actions), ("state", steps.state)
             except BadRecord:  # Training counts it when it meets it.
                 continue
+            keys = _keys(episodes, record)
             for column, values in columns:
                 if values is None:
                     continue
                 found = episodes.names[column], episodes.units[column]
-                if names.setdefault(column, found) != found:
+                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
+                if (stream.names, stream.units) != found:
                     raise UserError(
-                        f"Robot {robot!r} has {column} {names[column]} in one dataset and {found} "
-                        f"in {episodes.folder}: give them different robot names."
+                        f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
+                        f"and {found} in {episodes.folder}: give them different robot names."
                     )
-                rows[column].append(values[::stride])
+                stream.add(values, keys)
         result[robot] = {
-            column: dataclasses.asdict(Stats.of(np.concatenate(parts), *names[column]))
-            if parts
-            else None
-            for column, parts in rows.items()
+            column: dataclasses.asdict(streams[column].result()) if column in streams else None
+            for column in ("action", "state")
         }
     return result
+
+
+def _keys(episodes: Episodes, record: int) -> np.ndarray:
+    """uint64[L], a random number of each step of a record: always the same for the same step of an
+    episode, whatever record and file it is in."""
+    name = f"{episodes.text('dataset', record)}/{episodes.text('episode_id', record)}"
+    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+    bits.advance(int(episodes.offsets[record]))
+    return bits.random_raw(int(episodes.lengths[record]))
 
 
 def clip_spec(

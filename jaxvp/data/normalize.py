@@ -12,6 +12,10 @@ from jaxvp.errors import UserError
 MODES = ("min_max", "quantile")
 # A dimension that moves less than this, in its own unit, is constant: an arm that is not used.
 CONSTANT = 1e-6
+# A dimension whose quantiles are closer than this share of its range is nearly constant.
+NEARLY_CONSTANT = 0.01
+# States that are farther from the data than this, where the data is in [-1, 1], look the same.
+STATE_LIMIT = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +55,92 @@ class Stats:
         Raises:
           UserError: there are no values, or one is not finite.
         """
-        values = np.asarray(values, np.float64)
-        if not len(values) or not np.isfinite(values).all():
-            raise UserError(f"Statistics of {names} need finite values, found {values.shape}.")
-        q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
-        numbers = (values.min(0), values.max(0), values.mean(0), values.std(0), q01, q99)
-        return cls(tuple(names), tuple(units), len(values), *(tuple(n.tolist()) for n in numbers))
+        values = np.asarray(values)
+        stream = StatsStream(names, units, len(values))
+        stream.add(values, np.arange(len(values), dtype=np.uint64))
+        return stream.result()
 
     def bounds(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
         """float64 (low, high) that map to -1 and 1; low == high for a constant dimension."""
         low, high = np.asarray(self.min), np.asarray(self.max)
         if mode == "quantile":
-            # A gripper that is closed 99 % of the time has no spread between quantiles, but a task.
+            # Of a gripper that is closed 99 % of the time, noise is all that the quantiles span.
             q01, q99 = np.asarray(self.q01), np.asarray(self.q99)
-            spread = q99 - q01 >= CONSTANT
+            spread = q99 - q01 >= np.maximum(CONSTANT, NEARLY_CONSTANT * (high - low))
             low, high = np.where(spread, q01, low), np.where(spread, q99, high)
         return low, np.where(high - low < CONSTANT, low, high)
+
+
+class StatsStream:
+    """Statistics of one column whose steps come in parts, in bounded memory.
+
+    All but the quantiles are of all steps. The quantiles are of those with the smallest keys, a
+    sample that does not depend on the order and the size of the parts.
+    """
+
+    def __init__(self, names: Sequence[str], units: Sequence[str], sample: int):
+        """`names`, `units`: as in `Stats`; `sample`: of how many steps quantiles are, at most."""
+        self.names, self.units, self._sample = tuple(names), tuple(units), sample
+        self._count = 0
+        self._min, self._max = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+        self._mean, self._squares = np.zeros(len(names)), np.zeros(len(names))
+        self._largest_key = np.iinfo(np.uint64).max
+        self._values, self._keys, self._kept = [], [], 0
+
+    def add(self, values: np.ndarray, keys: np.ndarray):
+        """Adds steps.
+
+        Args:
+          values: float[n, dimensions].
+          keys: uint64[n]: a random number of each step, which stays the same wherever it comes.
+
+        Raises:
+          UserError: a value is not finite.
+        """
+        if not np.isfinite(values).all():
+            raise UserError(f"Statistics of {self.names} need finite values.")
+        if not len(values):
+            return
+        # Chan, Golub and LeVeque (1979): means and sums of squares of two parts become one's.
+        mean, before = values.mean(0, dtype=np.float64), self._count
+        self._count += len(values)
+        delta = mean - self._mean
+        self._mean += delta * (len(values) / self._count)
+        self._squares += np.square(values - mean).sum(0)
+        self._squares += np.square(delta) * (before * len(values) / self._count)
+        self._min = np.minimum(self._min, values.min(0))
+        self._max = np.maximum(self._max, values.max(0))
+        chosen = keys <= self._largest_key
+        if chosen.any():
+            self._values.append(values[chosen])
+            self._keys.append(keys[chosen])
+            self._kept += len(self._keys[-1])
+        if self._kept > 1.25 * self._sample:
+            self._thin()
+
+    def _thin(self):
+        """Keeps the steps of the sample."""
+        values, keys = np.concatenate(self._values), np.concatenate(self._keys)
+        if len(keys) > self._sample:
+            smallest = np.argpartition(keys, self._sample - 1)[: self._sample]
+            values, keys = values[smallest], keys[smallest]
+            self._largest_key = keys.max()
+        self._values, self._keys, self._kept = [values], [keys], len(keys)
+
+    def result(self) -> Stats:
+        """The statistics of all that was added.
+
+        Raises:
+          UserError: nothing was.
+        """
+        if not self._count:
+            raise UserError(f"Statistics of {self.names} need at least one step.")
+        self._thin()
+        quantiles = [np.quantile(values.astype(np.float64), (0.01, 0.99))
+                     for values in self._values[0].T]
+        numbers = (self._min, self._max, self._mean, np.sqrt(self._squares / self._count),
+                   *np.transpose(quantiles))
+        return Stats(self.names, self.units, self._count, *(tuple(n.tolist()) for n in numbers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +149,8 @@ class Normalizer:
 
     Attributes:
       action, state: their statistics; None for a column that the data lacks.
-      mode: "min_max" maps the range to [-1, 1], "quantile" the quantiles 0.01 and 0.99.
+      mode: "min_max" maps the range to [-1, 1], "quantile" the quantiles 0.01 and 0.99; the range
+        of a nearly constant dimension, whose rare moves are outside of the quantiles.
     """
 
     action: Stats | None
@@ -105,8 +180,9 @@ class Normalizer:
           values: float[..., A] or float[..., S].
 
         Returns:
-          float32 of the same shape. Constant dimensions are 0. Actions are clipped to [-1, 1];
-          states are not, since a policy should see that it is outside of its data.
+          float32 of the same shape. Constant dimensions are 0. Actions are clipped to [-1, 1],
+          states to [-STATE_LIMIT, STATE_LIMIT]: a policy should see that it is outside of its
+          data, and a joint that has always held still should not become thousands.
 
         Raises:
           UserError: the column has no statistics, or another number of dimensions.
@@ -114,7 +190,8 @@ class Normalizer:
         low, high = self._bounds(column, values)
         span = np.where(high > low, high - low, 1.0)
         result = np.where(high > low, 2.0 * (values - low) / span - 1.0, 0.0)
-        return (np.clip(result, -1, 1) if column == "action" else result).astype(np.float32)
+        limit = 1.0 if column == "action" else STATE_LIMIT
+        return np.clip(result, -limit, limit).astype(np.float32)
 
     def unnormalize(self, column: str, values: np.ndarray) -> np.ndarray:
         """[-1, 1] to SI units, float32; the inverse of `normalize`, with the same arguments.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
 MISSING = 127  # Grey level of a view that is not there.
@@ -121,9 +122,10 @@ def _shrink(xp, video, factor: int):
 def describe(robot: str, camera_text: str, instruction: str) -> str:
     """The unified text: robot, cameras and task in one line.
 
-    Vidar's template is longer, and a byte is a token here, so the parts are joined as they are.
+    Vidar's template is longer, and a byte is a token here, so the parts are joined as they are, the
+    instruction after `clean_instruction`: training, embeddings and policies all come through here.
     """
-    return f"{robot}; {camera_text}; {instruction}"
+    return f"{robot}; {camera_text}; {clean_instruction(instruction)}"
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

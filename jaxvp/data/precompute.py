@@ -5,13 +5,16 @@
 writes each source of the config as DIR/<name>: the same RLDS records without their images, and with
 the feature steps/observation/latents, float16[t, h, w, c] of the clip (the config's cameras,
 layout, frames and sizes) that starts at this step, at every --stride-th step, and nothing at the
-others. A run that was stopped continues with the files that are missing; with several processes
-each does its share of the files. Text embeddings are made by jaxvp.data.text_embeddings.
+others. plan.json says of which source and with which settings. A run that was stopped continues
+with the files that are missing; with several processes each does its share of the files, and all
+end when one fails. Text embeddings are made by jaxvp.data.text_embeddings.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +26,6 @@ import rich.progress
 import tensorflow_datasets as tfds
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tensorflow_datasets.core import naming
@@ -57,6 +59,9 @@ class Encoder:
         if config.data.latents:
             raise config_lib.ConfigError("config.data.latents is set: give the config of the "
                                          "pictures that the latents are of.")
+        if config.data.crop < 1:
+            raise config_lib.ConfigError(f"config.data.crop is {config.data.crop}, but latents are "
+                                         "of whole pictures: set it to 1.0, here and in training.")
         self.spec = spec = mixture.clip_spec(config.data)
         method = step_lib.make_method(config, dataclasses.replace(
             spec, action_size=spec.action_size or 1, state_size=spec.state_size or 1))
@@ -110,89 +115,128 @@ class Encoder:
 
 
 def precompute(source: mixture.SourceConfig, encoder: Encoder, out: Path, stride: int) -> Path:
-    """Writes one source with its latents; returns the folder of the dataset.
+    """Writes one source with its latents, unless they are there; returns the folder of the dataset.
 
     Raises:
-      UserError: it is there already, or an unfinished one has other settings.
-      UserError, OSError: the source cannot be read.
+      UserError: what is there has another plan or none, finished or not.
+      UserError: the processes do not share `out`, or differ in their settings.
+      UserError, OSError: the source cannot be read, or `out` not written.
     """
     original = rlds.version_folder(source.path)
-    final = out / original.name
-    if final.exists():
-        raise UserError(f"{final} exists already: choose another --out or delete it.")
-    folder = final.with_name(f"{final.name}.incomplete")
-    views = [source.cameras.get(camera, camera) for camera in encoder.spec.cameras]
-    settings = encoder.identity | {"stride": stride, "views": views}
-    plan = folder / "plan.json"
-    if plan.exists() and json.loads(plan.read_text()) != settings:
-        raise UserError(f"{folder} is left from a run with other settings, see {plan}: "
-                        "repeat that run to finish it, or delete the folder.")
-    _together(f"start {final}")  # All have looked before one writes.
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps(settings))
-    _together(f"write {final}")
-
     info = tfds.builder_from_directory(original).info
     splits = [split for split in info.splits.values()
               if split.name in (source.split, source.validation_split)]
-    done = 0
+    episodes = {split.name: rlds.Episodes(original, split.name) for split in splits}
+    for part in episodes.values():
+        if part.damaged:
+            raise UserError(f"{next(iter(part.damaged.values()))}: build the dataset again.")
+    settings = encoder.identity | {"stride": stride, "views": [
+        source.cameras.get(camera, camera) for camera in encoder.spec.cameras]}
+    plan = json.dumps(settings | {"source": {name: part.digest for name, part in episodes.items()}},
+                      sort_keys=True)
+
+    final = out / original.name
+    folder = final.with_name(f"{final.name}.incomplete")
+    if final.exists():
+        if _plan_in(final) != plan:
+            raise UserError(f"{final} exists already, and not with these settings of this source, "
+                            "see its plan.json: choose another --out or delete it.")
+        distributed.note(f"{final} is finished.")
+        return final
+    if folder.exists() and _plan_in(folder) not in ("", plan):
+        raise UserError(f"{folder} is left from a run with other settings or another source, see "
+                        "its plan.json: repeat that run to finish it, or delete the folder.")
+    distributed.together(f"start {final}")  # All have looked before one writes.
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        for partial in folder.glob("*.partial"):  # Of a run that was killed.
+            partial.unlink()
+        partial = folder / "plan.json.partial"
+        partial.write_text(plan)
+        partial.rename(folder / "plan.json")
+    distributed.together(f"write {final}")
+    if _plan_in(folder) != plan:
+        raise UserError(f"{folder}/plan.json is not what process {jax.process_index()} would "
+                        "write: start all processes with the same flags, on one shared --out.")
+
+    number = 0
     for split in splits:
-        episodes = rlds.Episodes(original, split.name)
-        if episodes.damaged:
-            raise UserError(f"{next(iter(episodes.damaged.values()))}: build the dataset again.")
-        views = Views(episodes, encoder.spec, source.cameras)
+        views = Views(episodes[split.name], encoder.spec, source.cameras)
         ends = np.cumsum(split.shard_lengths)
         for end, count, path in zip(ends, split.shard_lengths, split.filepaths, strict=True):
-            done += 1
+            number += 1
             target = folder / Path(path).name
-            if target.exists() or done % jax.process_count() != jax.process_index():
+            if target.exists() or number % jax.process_count() != jax.process_index():
                 continue
             records = range(int(end) - count, int(end))
             _write(target, records, views, encoder, settings)
-    _together(f"finish {final}")
+    distributed.together(f"finish {final}")
     if jax.process_index() == 0:
         _finish(folder, final, info, splits, encoder.shape)
+    distributed.together(f"leave {final}")
     return final
 
 
-def _together(what: str):
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+def _plan_in(folder: Path) -> str | None:
+    """The plan of what is in a folder: "" if nothing is, None if nobody knows."""
+    if (folder / "plan.json").exists():
+        return (folder / "plan.json").read_text()
+    return None if any(file.suffix != ".partial" for file in folder.iterdir()) else ""
 
 
 def _write(target: Path, records: range, views: Views, encoder: Encoder, settings: dict):
     """One file: the records without their images, with latents."""
-    partial, episodes = target.with_suffix(".partial"), views.episodes
-    writer = ArrayRecordWriter(str(partial), array_record.OPTIONS)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for record in rich.progress.track(records, target.name, disable=len(records) < 4):
-            steps, length = episodes[record], int(episodes.lengths[record])
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with _writing(target):
+            writer = ArrayRecordWriter(str(partial), array_record.OPTIONS)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for record in rich.progress.track(records, target.name, disable=len(records) < 4):
+                data = _encoded(record, views, encoder, settings, pool)
+                with _writing(target):
+                    writer.write(data)
+        with _writing(target):
+            writer.close()
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
-            def clip(start, record=record, steps=steps):
-                arrays = encoder.spec.empty()
-                try:
-                    views.fill(record, steps, start, arrays)
-                except rlds.BadRecord as error:
-                    raise UserError(f"{episodes.name(record)}: {error}. Build the dataset "
-                                    "again.") from error
-                return arrays
 
-            starts = range(0, length, settings["stride"])
-            latents = dict(zip(starts, encoder(pool.map(clip, starts)), strict=True))
-            example = tf_example_pb2.Example.FromString(episodes.raw(record))
-            feature = example.features.feature
-            for camera in episodes.cameras:
-                del feature[f"steps/observation/{camera}"]
-            feature[FEATURE].bytes_list.value.extend(
-                latents[step].tobytes() if step in latents else b"" for step in range(length))
-            options = feature["episode_metadata/options"].bytes_list
-            options.value[0] = json.dumps(
-                json.loads(options.value[0]) | {"latents": settings}, sort_keys=True).encode()
-            writer.write(example.SerializeToString(deterministic=True))
-    writer.close()
-    partial.rename(target)
+@contextlib.contextmanager
+def _writing(target: Path):
+    try:
+        yield
+    except RuntimeError as error:  # Of ArrayRecord, also for a full disk.
+        raise UserError(f"{target} cannot be written: {error}") from error
+
+
+def _encoded(record: int, views: Views, encoder: Encoder, settings: dict,
+             pool: ThreadPoolExecutor) -> bytes:
+    """A record with latents in place of images."""
+    episodes = views.episodes
+    steps, length = episodes[record], int(episodes.lengths[record])
+
+    def clip(start):
+        arrays = encoder.spec.empty()
+        try:
+            views.fill(record, steps, start, arrays)
+        except rlds.BadRecord as error:
+            raise UserError(f"{episodes.name(record)}: {error}. Build the dataset "
+                            "again.") from error
+        return arrays
+
+    starts = range(0, length, settings["stride"])
+    latents = dict(zip(starts, encoder(pool.map(clip, starts)), strict=True))
+    example = tf_example_pb2.Example.FromString(episodes.raw(record))
+    feature = example.features.feature
+    for camera in episodes.cameras:
+        del feature[f"steps/observation/{camera}"]
+    feature[FEATURE].bytes_list.value.extend(
+        latents[step].tobytes() if step in latents else b"" for step in range(length))
+    options = feature["episode_metadata/options"].bytes_list
+    options.value[0] = json.dumps(
+        json.loads(options.value[0]) | {"latents": settings}, sort_keys=True).encode()
+    return example.SerializeToString(deterministic=True)
 
 
 def _finish(folder: Path, final: Path, info, splits, shape):
@@ -215,16 +259,24 @@ def _finish(folder: Path, final: Path, info, splits, shape):
         split_infos.append(tfds.core.SplitInfo(
             name=split.name, shard_lengths=split.shard_lengths, num_bytes=size,
             filename_template=template))
-    (folder / "plan.json").unlink()
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features, split_infos=split_infos, version=str(info.version),
         filename_template=template, check_data=False, description=info.description, homepage="")
     folder.rename(final)
 
 
+def start(settings):
+    """What the command does with its flags, in every process; when one fails, all end."""
+    with distributed.processes():
+        write(settings)
+
+
 def write(settings):
-    """What the command does with its flags."""
-    distributed.initialize()
+    """Writes every source of the config.
+
+    Raises:
+      ConfigError, UserError, OSError: see Encoder and `precompute`.
+    """
     config = config_lib.build(step_lib.TrainConfig, settings.config, "config")
     # Of DIR/NAME/VERSION and DIR/NAME alike, NAME.
     names = [rlds.version_folder(source.path).parent.name for source in config.data.sources]
@@ -245,7 +297,7 @@ def run():
     flags.DEFINE_integer("stride", 4, "steps from one clip to the next", lower_bound=1)
     flags.DEFINE_integer("batch_size", 16, "clips that are encoded together", lower_bound=1)
     flags.mark_flag_as_required("out")
-    command.run(write, "repeat the command to continue with the files that are missing")
+    command.run(start, "repeat the command to continue with the files that are missing")
 
 
 if __name__ == "__main__":

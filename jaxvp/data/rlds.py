@@ -25,10 +25,13 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import json_format
 
 from jaxvp.data import array_record, record_index, tf_example
 from jaxvp.data.record_index import SPAN, BadRecord, Index, Layout
+from jaxvp.data.text import one_line
 from jaxvp.errors import UserError
+from jaxvp.files import find, some
 
 
 class BadImage(BadRecord):
@@ -124,6 +127,8 @@ def version_folder(path: str | os.PathLike) -> Path:
       UserError: there are several versions.
     """
     path = Path(path).expanduser()
+    if _unfinished(path.resolve()):
+        raise NoDataset(f"No dataset at {path}: it is an unfinished build: repeat its command.")
     if (path / "dataset_info.json").exists():
         return path
     if not path.is_dir():
@@ -131,14 +136,15 @@ def version_folder(path: str | os.PathLike) -> Path:
             f"No dataset at {path}: the folder does not exist. Build one with "
             "`python -m data_builders.build NAME --out=DIR` or correct the path."
         )
-    versions = sorted(file.parent for file in path.glob("*/dataset_info.json"))
+    versions = [file.parent for file in find(path, "*/dataset_info.json")
+                if not _unfinished(file.parent.resolve())]
     if len(versions) > 1:
         names = ", ".join(folder.name for folder in versions)
         raise UserError(f"{path} holds several versions ({names}): name one in the path.")
     if not versions:
-        unfinished = [folder.name for folder in path.glob("*.incomplete")]
-        found = f"an unfinished build ({unfinished[0]}): repeat its command" if unfinished else None
-        found = found or f"only {sorted(file.name for file in path.iterdir())[:5]}"
+        unfinished = [folder.name for folder in find(path, "*") if _unfinished(folder)]
+        found = (f"an unfinished build ({unfinished[0]}): repeat its command" if unfinished
+                 else f"only {some(path)}")
         raise NoDataset(
             f"No dataset at {path}: expected dataset_info.json there or one folder below, "
             f"found {found}."
@@ -146,9 +152,34 @@ def version_folder(path: str | os.PathLike) -> Path:
     return versions[0]
 
 
+def _unfinished(folder: Path) -> bool:
+    """Whether a folder is named as one that is being built: "1.0.0.incomplete", and TFDS's
+    "incomplete.A1B2C3_1.0.0"."""
+    return "incomplete" in folder.name.split(".")
+
+
 def splits(path: str | os.PathLike) -> tuple[str, ...]:
     """The splits of the dataset, such as ("train", "val"); raises as `version_folder`."""
-    return tuple(sorted(tfds.builder_from_directory(version_folder(path)).info.splits))
+    return tuple(sorted(read_info(version_folder(path)).splits))
+
+
+def read_info(folder: Path) -> tfds.core.DatasetInfo:
+    """What dataset_info.json and features.json of a version folder say.
+
+    Raises:
+      UserError: one of them is damaged, or describes what TFDS cannot read without TensorFlow.
+    """
+    name = "features.json"
+    try:
+        tfds.features.FeatureConnector.from_config(folder)
+        name = "dataset_info.json"
+        info = tfds.builder_from_directory(folder).info
+        for split in info.splits.values():
+            _ = split.filepaths
+    except (json_format.ParseError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise UserError(f"{folder / name} is not as TFDS writes it: "
+                        f"{one_line(str(error))[:200]}") from error
+    return info
 
 
 def cached(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
@@ -254,7 +285,7 @@ class Episodes:
             finite.
         """
         self.folder, self.split = version_folder(path), split
-        info = tfds.builder_from_directory(self.folder).info
+        info = read_info(self.folder)
         if split not in info.splits:
             raise UserError(f"{self.folder} has no split {split!r}, but {sorted(info.splits)}.")
         if info.file_format.value != "array_record":
@@ -379,6 +410,9 @@ class Episodes:
         self._latents = ("latents",) if "latents" in observation else ()
         self.names, self.units = {}, {}
         for column, feature in ("action", steps.get("action")), ("state", observation.get("state")):
+            if feature and len(feature.shape) != 1:
+                raise UserError(f"{self.folder}/features.json: {column} must be a vector, found "
+                                f"the shape {feature.shape}.")
             size = feature.shape[0] if feature else 0
             words = [word.strip() for word in (feature.doc.desc or "").split(",")] if size else []
             if len(words) != size:  # A dataset without a description of its dimensions.

@@ -1,4 +1,5 @@
-"""Text as tokens: bytes, which need no vocabulary file, or the pieces that Wan's encoder reads."""
+"""Text, cleaned, and as tokens: bytes, which need no vocabulary file, or the pieces that Wan's
+encoder reads."""
 
 import dataclasses
 import functools
@@ -8,6 +9,31 @@ from pathlib import Path
 import numpy as np
 
 from jaxvp.errors import UserError
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space, line ends included, as one space, and none around."""
+    return " ".join(text.split())
+
+
+def clean_instruction(text: str | bytes | None) -> str:
+    """An instruction as datasets hold it and as a policy is given it, in training and after it.
+
+    Returns:
+      One line, see `one_line`; "" for None, NaN and for words that stand for nothing.
+
+    Raises:
+      UserError: bytes that are not UTF-8.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"an instruction is not UTF-8: {text[:60]!r}") from error
+    if text is None or text != text:  # pandas writes an absent text as NaN.
+        return ""
+    text = one_line(text)
+    return "" if text.lower() in ("none", "null", "nan") else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,4 +149,4 @@ def clean(text: str) -> str:
     """
     import ftfy
 
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    return one_line(html.unescape(html.unescape(ftfy.fix_text(text))))

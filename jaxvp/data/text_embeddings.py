@@ -7,11 +7,13 @@ encodes every unified text of the datasets, and the empty one (guidance wants it
 bfloat16 takes 11.4 GB of one device's memory, for as long as texts are missing.
 
 The folder holds safetensors of bfloat16[n, D], each of a text's n tokens, </s> included, under the
-SHA-256 of the text, and index.json: the encoder's digest, D, which datasets are complete, and the
-number of tokens of every text.
+SHA-256 of the text in one line, and index.json: the encoder's digest, D, which datasets are
+complete, and the number of tokens of every text.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +26,10 @@ import rich.console
 import rich.progress
 
 from jaxvp.data import observation
+from jaxvp.data.text import one_line
 from jaxvp.errors import UserError, one_line_errors
+from jaxvp.files import find
+from jaxvp.weights.model_config import read_json
 from jaxvp.weights.streaming import Tensors, write_file
 
 COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
@@ -48,8 +53,7 @@ class TextEmbeddings:
         """Opens `folder`, reading headers only.
 
         Raises:
-          UserError: it holds no embeddings.
-          UserError: a file is damaged.
+          UserError: it holds no embeddings, or a file is damaged.
         """
         self.folder = Path(folder)
         path = self.folder / "index.json"
@@ -57,10 +61,10 @@ class TextEmbeddings:
             raise UserError(
                 f"No text embeddings at {folder}: there is no index.json. Make them with "
                 f"`{COMMAND.format(folder=folder)}`.")
-        index = json.loads(path.read_text())
+        index = _read_index(path)
         self.encoder, self.width = index["encoder"], index["width"]
         self.datasets = frozenset(index["datasets"])
-        self._tensors = Tensors(self.folder) if any(self.folder.glob("*.safetensors")) else {}
+        self._tensors = Tensors(self.folder) if find(self.folder, "*.safetensors") else {}
 
     def __contains__(self, text: str) -> bool:
         return _key(text) in self._tensors
@@ -92,6 +96,19 @@ class TextEmbeddings:
                             f"text_length. The text: {text!r}.")
 
 
+def lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file, as they are; only a new line ends one, not U+2028 and the like.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")  # Without the mark that some editors begin with.
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}.") from error
+    return text.removesuffix("\n").split("\n")
+
+
 def texts_of(episodes) -> set[str]:
     """Every unified text, see `observation.describe`, of the `rlds.Episodes` of a split, but those
     of records that cannot be read, which count as such when they are met."""
@@ -115,6 +132,8 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
         datasets: Iterable[str] = ()) -> int:
     """Adds those of `texts` that `folder` lacks, a file of SHARD texts at a time.
 
+    Another process that adds to the folder at the same time waits, and then finds these there.
+
     Args:
       folder: made when it does not exist.
       texts: any number, in any order.
@@ -127,26 +146,40 @@ def add(folder: str | os.PathLike, texts: Iterable[str], encoder: str, width: in
       How many were missing.
 
     Raises:
-      UserError: the folder's embeddings are another encoder's.
+      UserError: the folder's embeddings are another encoder's, or nobody knows whose.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Some file systems have no locks.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        return _add(folder, texts, encoder, width, encode, datasets)
+
+
+def _add(folder: Path, texts, encoder, width, encode, datasets) -> int:
     path = folder / "index.json"
     index = {"encoder": encoder, "width": width, "datasets": [], "texts": {}}
     if path.exists():
-        index = json.loads(path.read_text())
+        index = _read_index(path)
         if index["encoder"] != encoder:
             raise UserError(
                 f"{folder} holds embeddings of the encoder {index['encoder']}, these weights and "
                 f"this tokenizer are {encoder}: choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
+    elif find(folder, "*.safetensors"):
+        raise UserError(f"{folder} holds safetensors, but no index.json that says of which "
+                        "encoder: choose another --out.")
     _write_index(path, index)
-    there, wanted = TextEmbeddings(folder), sorted(set(texts))
+    there, wanted = TextEmbeddings(folder), sorted(set(map(one_line, texts)))
     missing = [text for text in wanted if text not in there]
     for start in range(0, len(missing), SHARD):
         shard = missing[start : start + SHARD]
         arrays = {_key(text): np.asarray(array, ml_dtypes.bfloat16)
                   for text, array in zip(shard, encode(shard), strict=True)}
-        name = f"{len(list(folder.glob('*.safetensors'))):05d}.safetensors"
+        last = max((int(file.stem) for file in find(folder, "[0-9]*.safetensors")), default=-1)
+        name = f"{last + 1:05d}.safetensors"
         write_file(folder / name, {k: (a.shape, a.dtype) for k, a in arrays.items()}, arrays.get)
     there = TextEmbeddings(folder)
     index["texts"] |= {text: there._tensors[_key(text)].shape[0] for text in wanted}
@@ -182,12 +215,22 @@ def umt5_encode(encoder, params, tokenizer) -> Callable[[Sequence[str]], list[np
 
 
 def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(one_line(text).encode()).hexdigest()  # As the tokenizer reads it.
+
+
+def _read_index(path: Path) -> dict:
+    index = read_json(path)
+    kinds = {"encoder": str, "width": int, "datasets": list, "texts": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(index.get(key), kind)]:
+        raise UserError(f"{path} is not an index of text embeddings: expected {wrong[0]} of type "
+                        f"{kinds[wrong[0]].__name__}, found {index.get(wrong[0])!r:.200}.")
+    return index
 
 
 def _write_index(path: Path, index: dict):
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    partial.write_text(text, "utf-8")
     partial.replace(path)
 
 
@@ -226,7 +269,7 @@ def run(arguments: Sequence[str] | None = None):
             if episodes.digest not in complete:
                 texts |= texts_of(episodes)
     if options.texts:
-        texts.update(Path(options.texts).read_text().splitlines())
+        texts.update(lines(options.texts))
     for text in texts:  # A text that is too long fails before the weights are read.
         tokenizer.encode(text)
 

@@ -124,6 +124,19 @@ def _unipc_coefficients(schedule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 SAMPLERS = {"euler": euler, "heun": heun, "unipc": unipc}
 
 
+def integer_timestep(sigma: jax.Array) -> jax.Array:
+    """The whole number up to 999 that Wan's samplers, and diffusers' UniPC, call `sigma` by.
+
+    They truncate 1000 * sigma in float64, which here is float32: where that is whole up to
+    rounding, which takes steps and shifts that nobody uses, the two differ by 1.
+    """
+    return jnp.minimum(jnp.floor(1000.0 * sigma), 999.0)
+
+
+# How a network is told of a noise level: sigma in [0, 1] -> float32 timestep in [0, 1000].
+TIMESTEPS = {"continuous": lambda sigma: 1000.0 * sigma, "integer": integer_timestep}
+
+
 def guided(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
     """Classifier-free guidance (arXiv 2207.12598): u + scale * (c - u)."""
     return unconditional + scale * (conditional - unconditional)

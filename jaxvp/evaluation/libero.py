@@ -16,6 +16,7 @@ import numpy as np
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
 from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+from jaxvp.files import find
 
 MAX_STEPS = dict(zip(libero.SUITES, (220, 280, 300, 520, 400), strict=True))
 TRIALS = 50
@@ -150,7 +151,7 @@ def simulator(assets: Path) -> str:
     (stand-ins without the original textures) while their folder and version stay.
     """
     packages = [f"{name} {metadata.version(name)}" for name in libero.VERSIONS]
-    files = sorted(path for path in assets.rglob("*") if path.is_file())
+    files = [path for path in find(assets, "**/*") if path.is_file()]
     listing = [(str(path.relative_to(assets)), path.stat().st_size) for path in files]
     digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
     return ", ".join([*packages, os.environ.get("MUJOCO_GL", "glfw"), f"assets {digest}"])

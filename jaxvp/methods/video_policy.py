@@ -20,7 +20,7 @@ from jaxvp.data.clips import ClipSpec
 from jaxvp.data.observation import LAYOUTS, canvas
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.diffusion import flow_matching as flow
-from jaxvp.diffusion.samplers import SAMPLERS, guided, sigmas
+from jaxvp.diffusion.samplers import SAMPLERS, TIMESTEPS, guided, sigmas
 from jaxvp.errors import UserError
 from jaxvp.models.action_head import ActionHead
 from jaxvp.models.autoencoder import Codec, PixelCodec
@@ -53,6 +53,9 @@ class VideoPolicy:
       sigma, shift: training distribution of noise levels, and its shift for the video; the
         sampler's schedule has the same shift. action_shift: that of the actions, where they have
         a sigma of their own, with features 'noise'.
+      timesteps: how the video transformer is told of a sigma, in TIMESTEPS: 'continuous', or
+        'integer', as the samplers of Wan's releases tell its weights. The same in training as in
+        sampling, so that a network never sees another timestep of a sigma than it learnt from.
       text_dropout: share of clips whose text is emptied, for guidance.
       action_draws: noise levels per clip in the action loss (they share the video's features).
       state_dropout: share of clips whose state is hidden from the head in training; a head that
@@ -73,6 +76,7 @@ class VideoPolicy:
     features: Literal["shared", "noise"] = "noise"
     sigma: Literal["logit_normal", "uniform"] = "logit_normal"
     shift: PositiveFloat = 1.0
+    timesteps: Literal[*TIMESTEPS] = "continuous"
     text_dropout: Share = 0.1
     action_draws: PositiveInt = 4
     action_shift: PositiveFloat = 1.0
@@ -159,7 +163,13 @@ class VideoPolicy:
 
     def load(self, part, path, abstract):
         if part == "video":
-            return wan.load(path, self.transformer, abstract)
+            try:
+                return wan.load(path, self.transformer, abstract)
+            except UserError as error:
+                hint = "" if "size" in self.video else (
+                    " The video transformers of configs/pretrain.py:wan-1.3b, :wan-5b and :wan-14b "
+                    "have the sizes of Wan's weights; config.method.video has others.")
+                raise UserError(f"config.pretrained.video: {error}{hint}") from error
         if part == "codec" and isinstance(self.video_codec, WanVAE):
             return wan_vae.load(path, self.video_codec, abstract)
         if part == "text" and self.spec.text_width:
@@ -300,7 +310,8 @@ class VideoPolicy:
     def _video(self, params, first, noisy, sigma, text, velocity=True):
         """Network output and tapped features; the first frame is clean, at timestep 0 (TI2V)."""
         noisy = jnp.concatenate([first, noisy[:, 1:]], axis=1)
-        timestep = jnp.repeat(1000.0 * sigma[:, None], noisy.shape[1], axis=1).at[:, 0].set(0.0)
+        timestep = TIMESTEPS[self.timesteps](sigma)[:, None]
+        timestep = jnp.repeat(timestep, noisy.shape[1], axis=1).at[:, 0].set(0.0)
         out, features = self.transformer(
             params["video"], noisy, timestep, text, self.taps, velocity)
         return out, [features[tap] for tap in self.taps]

@@ -76,7 +76,7 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, memory_width: int | None = None,
                  implementation: str = "auto", context: bool = False, dtype=jnp.float32,
-                 rngs: nnx.Rngs):
+                 epsilon: float = 1e-6, rngs: nnx.Rngs):
         memory_width = memory_width or width
         self.heads, self.implementation, self.context = heads, implementation, context
         self.to_q = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -84,8 +84,8 @@ class Attention(nnx.Module):
         self.to_v = Linear(memory_width, width, dtype=dtype, rngs=rngs)
         self.to_out = Linear(width, width, dtype=dtype, rngs=rngs)
         # `dtype` is that of the results: they are computed in float32.
-        self.norm_q = nnx.RMSNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        self.norm_k = nnx.RMSNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm_q = nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.norm_k = nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, memory: jax.Array | None = None,
                  rope: jax.Array | None = None) -> jax.Array:

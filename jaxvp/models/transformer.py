@@ -15,7 +15,7 @@ from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxvp import rules, sharding
-from jaxvp.config import PositiveInt
+from jaxvp.config import PositiveFloat, PositiveInt
 from jaxvp.errors import UserError
 from jaxvp.models import module
 from jaxvp.models.attention import IMPLEMENTATIONS, Attention, rope_table
@@ -101,11 +101,11 @@ def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without affine parameters, in float32 (epsilon 1e-6)."""
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """LayerNorm without affine parameters, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,7 @@ class VideoTransformer:
       width, layers, heads, ffn: D, L, K and the width of the feed-forward layer.
       text_width: width of the text encoder's tokens.
       frequency_width: width of the timestep's sinusoid, even.
+      epsilon: added to the variance in every norm.
       dtype: of the matmuls and of the residual stream; normalisation, modulation and gates are
         float32. Parameters of another dtype are cast once per use.
       attention: implementation, see `jaxvp.models.attention.attend`.
@@ -136,6 +137,7 @@ class VideoTransformer:
     ffn: PositiveInt = 512
     text_width: PositiveInt = 64
     frequency_width: PositiveInt = 256
+    epsilon: PositiveFloat = 1e-6
     dtype: Literal[*module.DTYPES] = "float32"
     attention: Literal["auto", *IMPLEMENTATIONS] = "auto"
     remat: Literal["none", *REMAT] = "dots"
@@ -307,14 +309,15 @@ def _by_run(function, x: tuple[jax.Array, ...], vectors: tuple[jax.Array, ...]) 
     return rearrange(function(*x, *(v[:, :, None] for v in vectors)), "b g n d -> b (g n) d")
 
 
-def _modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+def _modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array,
+                    epsilon: float) -> jax.Array:
     """`LN(x) * (1 + scale) + shift` in float32, as dtype of x.
 
     The barrier keeps the TPU compiler from computing it anew for every tile of the matrix product
     that follows: the first of the feed-forward took twice its time.
     """
     return jax.lax.optimization_barrier(_by_run(
-        lambda x, scale, shift: (layer_norm(x) * (1 + scale) + shift).astype(x.dtype),
+        lambda x, scale, shift: (layer_norm(x, epsilon) * (1 + scale) + shift).astype(x.dtype),
         (x,), (scale, shift)))
 
 
@@ -354,13 +357,14 @@ class _Block(nnx.Module):
     """Self-attention, cross-attention to text, feed-forward; modulated by the timestep."""
 
     def __init__(self, config: VideoTransformer, rngs: nnx.Rngs):
-        width, dtype = config.width, config.dtype
+        width, dtype, self.epsilon = config.width, config.dtype, config.epsilon
         options = {"dtype": dtype, "implementation": config.attention, "context": True,
-                   "rngs": rngs}
+                   "epsilon": config.epsilon, "rngs": rngs}
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (6, width)) / math.sqrt(width))
         self.attn1 = Attention(width, config.heads, **options)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=config.epsilon, use_fast_variance=False,
+                                   rngs=rngs)
         self.attn2 = Attention(width, config.heads, **options)
         self.ffn_1 = Linear(width, config.ffn, dtype=dtype, rngs=rngs)
         self.ffn_2 = Linear(config.ffn, width, dtype=dtype, rngs=rngs)
@@ -368,10 +372,10 @@ class _Block(nnx.Module):
     def __call__(self, x, modulation, text, rope):
         table = modulation + self.scale_shift_table[...]
         shift1, scale1, gate1, shift2, scale2, gate2 = (table[:, :, i] for i in range(6))
-        h = _modulated_norm(x, scale1, shift1)
+        h = _modulated_norm(x, scale1, shift1, self.epsilon)
         x = _gated(x, self.attn1(h, rope=rope), gate1)
         x = x + self.attn2(self.norm2(x.astype(jnp.float32)).astype(x.dtype), text)
-        h = self.ffn_1(_modulated_norm(x, scale2, shift2))
+        h = self.ffn_1(_modulated_norm(x, scale2, shift2, self.epsilon))
         return _gated(x, self.ffn_2(jax.nn.gelu(h, approximate=True)), gate2)
 
 
@@ -379,6 +383,7 @@ class _Head(nnx.Module):
     """Modulated norm and the projection to patches; zero at the start of training."""
 
     def __init__(self, config: VideoTransformer, rngs: nnx.Rngs):
+        self.epsilon = config.epsilon
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (2, config.width)) / math.sqrt(config.width))
         self.proj_out = Linear(
@@ -387,5 +392,5 @@ class _Head(nnx.Module):
 
     def __call__(self, x, time):
         table = time[:, :, None] + self.scale_shift_table[...]
-        x = _modulated_norm(x, table[:, :, 1], table[:, :, 0])
+        x = _modulated_norm(x, table[:, :, 1], table[:, :, 0], self.epsilon)
         return self.proj_out(x).astype(jnp.float32)

@@ -22,6 +22,7 @@ class UMT5Encoder:
       width: D; layers: L; heads, head_width: K and E, whose product need not be D.
       ffn: width of the gated GELU; vocabulary: number of tokens, of which 0 is padding.
       buckets, max_distance: of the position bias; farther than that is all the same.
+      epsilon: added to the mean square in every norm.
       dtype: of matrix products.
     """
 
@@ -33,6 +34,7 @@ class UMT5Encoder:
     vocabulary: int = 256384
     buckets: int = 32
     max_distance: int = 128
+    epsilon: float = 1e-6
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def _block(self, rngs: nnx.Rngs) -> "_Block":
@@ -78,7 +80,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 def _norm(config: UMT5Encoder, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+    return nnx.RMSNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, rngs=rngs)
 
 
 class _Ends(nnx.Module):

@@ -28,6 +28,7 @@ from jaxvp.config import build
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
 from jaxvp.errors import UserError
+from jaxvp.files import find
 
 FORMAT_VERSION = 1
 
@@ -43,7 +44,8 @@ class Manifest:
       layout: a name in `observation.LAYOUTS`, whose V views the policy sees.
       cameras: for each view the camera of an observation that it shows, None for a view that the
         robot lacks.
-      image_size: (H, W) of a view.
+      image_size: (H, W) of a view as it is observed; what `act` does with it (the central part
+        that a policy trained on parts of the picture sees) is inside of `act`.
       image_orientation: "upright", the top row first.
       text_length: M; text_width: D of embedded text, 0 when text is bytes.
       fps: control steps, that is actions, per second; video_fps: frames per second of `imagine`.
@@ -232,7 +234,7 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
         (path / "imagine.stablehlo").write_bytes(imagine)
     if checked.text_width:
         (path / "text_embeddings").mkdir()
-        for file in epath.Path(text_embeddings).iterdir():
+        for file in map(epath.Path, find(text_embeddings, "*")):
             file.copy(path / "text_embeddings" / file.name)
     text = json.dumps(dataclasses.asdict(checked), indent=2) + "\n"
     (path / "policy.json").write_text(text)

@@ -5,12 +5,13 @@ ever unpickled. Format: https://huggingface.co/docs/safetensors (8 bytes of head
 header as JSON, the data); several files of one model come with an `*.index.json` of their keys.
 """
 
+import copy
 import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import einops
@@ -22,13 +23,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp.errors import UserError
+from jaxvp.files import find
 from jaxvp.rules import named_leaves
+from jaxvp.weights.model_config import ModelConfig, read_json
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in (
     ("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("BF16", jnp.bfloat16),
     ("F8_E4M3", jnp.float8_e4m3fn), ("F8_E5M2", jnp.float8_e5m2), ("I64", "i8"),
     ("I32", "i4"), ("I16", "i2"), ("I8", "i1"), ("U64", "u8"), ("U32", "u4"), ("U16", "u2"),
     ("U8", "u1"), ("BOOL", "?"))}
+LONGEST_HEADER = 100_000_000  # Bytes; the format's own limit.
 
 
 # -- Files ---------------------------------------------------------------------------------------
@@ -62,7 +66,8 @@ class Tensors(Mapping[str, Tensor]):
 
     Raises:
       UserError: there are no safetensors; says what is there instead.
-      UserError: a file is truncated, malformed, or not what the index says.
+      UserError: a file is truncated, malformed, or not what the index says, or holds a dtype that
+        is not in DTYPES.
     """
 
     def __init__(self, path: str | Path):
@@ -85,6 +90,18 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def without(self, keys: Collection[str]) -> "Tensors":
+        """These tensors but those of `keys`."""
+        rest = copy.copy(self)
+        rest._tensors = {key: x for key, x in self._tensors.items() if key not in keys}
+        return rest
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """What config.json beside the files says of the model. Raises UserError as `read_json`."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return ModelConfig.read(folder / "config.json")
 
 
 def write_file(path: str | Path, header: Mapping[str, tuple[Sequence[int], np.dtype]],
@@ -121,27 +138,30 @@ def write_file(path: str | Path, header: Mapping[str, tuple[Sequence[int], np.dt
 def _files(path: Path) -> dict[Path, list[str] | None]:
     """{file: the keys that an index places there, None without an index}."""
     if path.is_dir():
-        indices = sorted(path.glob("*.safetensors.index.json"))
+        indices = find(path, "*.safetensors.index.json")
         if len(indices) > 1:
             raise UserError(f"{path} has several indices: name one of "
                             f"{listed([i.name for i in indices])}.")
         if indices:
             return _files(indices[0])
-        files = sorted(path.glob("*.safetensors"))
+        files = find(path, "*.safetensors")
         if not files:
-            below = sorted({str(f.parent) for f in path.glob("*/*.safetensors")})
+            below = sorted({str(f.parent) for f in find(path, "*/*.safetensors")})
             hint = f"There are some in {listed(below)}." if below else _pickle_hint(path)
             raise UserError(f"{path} holds no .safetensors files. {hint}")
         return dict.fromkeys(files)
     if not path.is_file():
         raise UserError(f"No safetensors at {path}: there is no such file or folder.")
     if path.name.endswith(".index.json"):
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not an index of safetensors: {error!r}.") from error
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{path} is not an index of safetensors: it has no weight_map.")
         files = {}
         for key, name in weight_map.items():
+            # Judged by the name: a file beside the index may itself be a link, as in caches.
+            if not isinstance(name, str) or name != Path(name).name or name == "..":
+                raise UserError(f"{path} places {key} in {name!r}: expected the name of a file "
+                                "beside the index.")
             files.setdefault(path.parent / name, []).append(key)
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path} names {listed(absent)}, which is not beside it: "
@@ -153,7 +173,7 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
 
 
 def _pickle_hint(folder: Path) -> str:
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".pt", ".bin"))
+    pickles = sorted(f.name for f in find(folder, "*") if f.suffix in (".pth", ".pt", ".bin"))
     return (f"{listed(pickles)}: pickles are never read; take the model's release in "
             "safetensors (the -Diffusers repositories have one)." if pickles else "")
 
@@ -162,27 +182,51 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise UserError(f"{file} is truncated or not safetensors: {size} bytes do not hold "
                             f"a header of {length}. Download it again.")
         text = f.read(length)
-    tensors, end = {}, 0
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            start, stop = entry["data_offsets"]
-            tensor = Tensor(file, 8 + length + start, tuple(entry["shape"]),
-                            DTYPES[entry["dtype"]])
-            if stop - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
-                raise UserError(f"{key} {entry} has the wrong number of bytes")
-            tensors[key], end = tensor, max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} has a malformed safetensors header: {error!r}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} has a malformed safetensors header: {error}.") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a malformed safetensors header: it is no JSON object.")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for key, entry in header.items():
+        tensors[key], span = _entry(file, key, entry, 8 + length)
+        spans.append((*span, key))
+    end = 0
+    for start, stop, key in sorted(spans):
+        if start != end:
+            raise UserError(f"{file} has a malformed safetensors header: {key} starts at byte "
+                            f"{start} of the data, where {end} is expected.")
+        end = stop
     if size != 8 + length + end:
         raise UserError(f"{file} is truncated or damaged: its header promises "
                         f"{8 + length + end} bytes, it has {size}. Download it again.")
     return tensors
+
+
+def _entry(file: Path, key: str, entry, data: int) -> tuple[Tensor, tuple[int, int]]:
+    """The tensor of an entry of the header, and the bytes of the data (from `data` on) that it
+    takes."""
+    fields = entry if isinstance(entry, dict) else {}
+    shape, span, dtype = (fields.get(name) for name in ("shape", "data_offsets", "dtype"))
+    whole = [isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+             for numbers in (shape, span)]
+    if not (all(whole) and len(span) == 2 and isinstance(dtype, str)):
+        raise UserError(f"{file} has a malformed safetensors header: {key} is {entry!r:.200}; "
+                        "expected dtype, shape and two data_offsets, of whole numbers from 0.")
+    if dtype not in DTYPES:
+        raise UserError(f"{file} holds {key} as {dtype}, a dtype that is not supported; those that "
+                        f"are: {', '.join(DTYPES)}.")
+    tensor, (start, stop) = Tensor(file, data + span[0], tuple(shape), DTYPES[dtype]), span
+    if stop - start != math.prod(shape) * tensor.dtype.itemsize:
+        raise UserError(f"{file} has a malformed safetensors header: {key} is {entry!r:.200}, "
+                        "whose data_offsets do not hold its shape.")
+    return tensor, (start, stop)
 
 
 # -- Parameters ----------------------------------------------------------------------------------
@@ -328,7 +372,7 @@ def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9
       UserError: a parameter is not in the plan, or the plan names one that does not exist.
     """
     folder = Path(folder)
-    if folder.is_dir() and (there := sorted(f.name for f in folder.glob("*.safetensors*"))):
+    if folder.is_dir() and (there := sorted(f.name for f in find(folder, "*.safetensors*"))):
         raise UserError(f"{folder} already holds {listed(there)}: choose an empty folder.")
     leaves = named_leaves(params)
     if set(leaves) != set(plan):

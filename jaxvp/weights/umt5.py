@@ -45,8 +45,9 @@ def plan(layers: int, tensors: Mapping) -> dict[str, Stored]:
     return result
 
 
-def encoder_of(tensors: Mapping, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> UMT5Encoder:
-    """The encoder whose sizes are those of the stored tensors.
+def encoder_of(tensors: Tensors, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> UMT5Encoder:
+    """The encoder whose sizes are those of the stored tensors; what shapes do not tell is as
+    config.json beside them says, or UMT5's.
 
     Raises:
       UserError: the tensors are not of UMT5's encoder.
@@ -58,18 +59,22 @@ def encoder_of(tensors: Mapping, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> 
     wanted = {key for entry in stored.values() for key in entry.all_keys()}
     if missing := sorted(wanted - set(tensors)):
         raise UserError(
-            f"{getattr(tensors, 'path', 'The weights')} is not UMT5's encoder: there is no "
+            f"{tensors.path} is not UMT5's encoder: there is no "
             f"{missing[0]} among its {len(tensors)} tensors. (In T5 only the first layer has a "
             "position bias.)")
 
     def shape(name):
         return tensors[stored[name].all_keys()[0]].shape
 
+    config = tensors.config
+    config.check({"feed_forward_proj": ("gated-gelu",)})
     buckets, heads = shape("blocks/position_bias/embedding")
     vocabulary, width = shape("embed/embedding")
     return UMT5Encoder(
         width=width, layers=layers, heads=heads, head_width=shape("blocks/to_q/kernel")[0] // heads,
-        ffn=shape("blocks/ffn_1/kernel")[0], vocabulary=vocabulary, buckets=buckets, dtype=dtype)
+        ffn=shape("blocks/ffn_1/kernel")[0], vocabulary=vocabulary, buckets=buckets, dtype=dtype,
+        max_distance=config.number("relative_attention_max_distance", UMT5Encoder.max_distance),
+        epsilon=config.number("layer_norm_epsilon", UMT5Encoder.epsilon))
 
 
 def read(path: str | Path, dtype: jax.typing.DTypeLike = jnp.bfloat16
@@ -90,13 +95,17 @@ def read(path: str | Path, dtype: jax.typing.DTypeLike = jnp.bfloat16
     return encoder, *load(tensors, plan(encoder.layers, tensors), abstract, unused=_UNUSED)
 
 
-def digest(tensors: Mapping) -> str:
-    """16 hexadecimal digits of the sizes and the first row of every tensor that `read` reads.
+def digest(tensors: Tensors) -> str:
+    """16 hexadecimal digits of the sizes and the first row of every tensor that `read` reads, and
+    of what config.json says otherwise than UMT5's.
 
     In bfloat16, so that spelling, shards and a wider dtype make no difference.
     """
-    result = hashlib.sha256()
-    for name, stored in sorted(plan(encoder_of(tensors).layers, tensors).items()):
+    result, encoder = hashlib.sha256(), encoder_of(tensors)
+    for name in ("max_distance", "epsilon"):
+        if (value := getattr(encoder, name)) != getattr(UMT5Encoder, name):
+            result.update(f"{name} {value}".encode())
+    for name, stored in sorted(plan(encoder.layers, tensors).items()):
         for key in stored.all_keys():
             row = tensors[key][:1].astype(jnp.bfloat16)
             result.update(f"{name} {tensors[key].shape}".encode() + row.tobytes())

@@ -8,6 +8,7 @@ wan/modules/model.py; huggingface/diffusers scripts/convert_wan_to_diffusers.py.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from absl import flags
 
 from jaxvp import command
 from jaxvp.errors import UserError
+from jaxvp.files import find
 from jaxvp.models.transformer import SIZES, VideoTransformer
 from jaxvp.rules import named_leaves
 from jaxvp.weights import streaming
+from jaxvp.weights.model_config import ModelConfig
 from jaxvp.weights.streaming import Plan, Report, Stored, Tensors
 
 # {ours: (diffusers, original)}; the original numbers its norms otherwise, in the order of use
@@ -46,6 +49,11 @@ MODULES = {
 }
 SPELLINGS = {"diffusers": "condition_embedder.time_proj.weight",
              "original": "time_projection.1.weight"}
+# What changes a model's output, and no tensor's shape: {key of its config: the values that
+# VideoTransformer, or `velocity` prediction, has}.
+COMPUTES = {"_class_name": ("WanTransformer3DModel", "WanModel"), "cross_attn_norm": (True,),
+            "qk_norm": ("rms_norm_across_heads", True), "window_size": ([-1, -1],)}
+SCHEDULES = {"prediction_type": ("flow_prediction",), "num_train_timesteps": (1000,)}
 
 
 def plan(transformer: VideoTransformer, spelling: str = "diffusers") -> Plan:
@@ -76,18 +84,21 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
 
     Args:
       path: file, index, folder, or a pipeline's folder with these in `transformer/`; in the
-        original or the diffusers spelling.
+        original or the diffusers spelling. With config.json beside them, unless they are of one
+        of SIZES.
       transformer: of the size of the weights.
       abstract: like `transformer.init`: jax.ShapeDtypeStruct (dtype, sharding) or arrays that lie
         as the result shall; by default float32 on the default device.
       absent, init: see `streaming.load`: parameters that may be in no file are initialised.
 
     Raises:
-      UserError: there is nothing to read, it is damaged, or of another size
-        (the message names the one that fits). Before anything but headers is read.
+      UserError: there is nothing to read, it is damaged, of another size (the message names the
+        one that fits), of a kind that is not supported, or a pipeline of two transformers. Before
+        anything but headers is read.
     """
     path = Path(path)
-    if not list(path.glob("*.safetensors*")) and (path / "transformer").is_dir():
+    if not find(path, "*.safetensors*") and (path / "transformer").is_dir():
+        _check_pipeline(path)
         path = path / "transformer"
     tensors = Tensors(path)
     spelling = next((s for s, key in SPELLINGS.items() if key in tensors), None)
@@ -125,7 +136,7 @@ def diffusers_config(transformer: VideoTransformer) -> dict:
     return {
         "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "image_dim": None,
         "attention_head_dim": transformer.width // transformer.heads,
-        "cross_attn_norm": True, "eps": 1e-6, "ffn_dim": transformer.ffn,
+        "cross_attn_norm": True, "eps": transformer.epsilon, "ffn_dim": transformer.ffn,
         "freq_dim": transformer.frequency_width, "in_channels": transformer.channels,
         "num_attention_heads": transformer.heads, "num_layers": transformer.layers,
         "out_channels": transformer.channels, "patch_size": list(transformer.patch),
@@ -135,43 +146,94 @@ def diffusers_config(transformer: VideoTransformer) -> dict:
 
 
 def stored_sizes(tensors: Tensors) -> dict:
-    """Fields of the VideoTransformer whose weights these are, read from their shapes (and the
-    number of heads from the config.json beside them, where there is one)."""
-    def shape(diffusers, original):
-        return tensors[diffusers if diffusers in tensors else original].shape
+    """Fields of the VideoTransformer whose weights these are.
 
-    patch = tensors["patch_embedding.weight"].shape
-    blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-    sizes = {"channels": patch[1], "patch": tuple(patch[2:]), "width": patch[0],
-             "layers": len(blocks),
-             "ffn": shape("blocks.0.ffn.net.0.proj.weight", "blocks.0.ffn.0.weight")[0],
-             "text_width": shape(*(f"{m}.weight" for m in MODULES["stem/text_1"]))[1],
-             "frequency_width": shape(*(f"{m}.weight" for m in MODULES["stem/time_1"]))[1]}
-    folder = tensors.path if tensors.path.is_dir() else tensors.path.parent
-    if (config := folder / "config.json").is_file():
-        described = json.loads(config.read_text())
-        heads = described.get("num_attention_heads", described.get("num_heads"))
-        sizes |= {} if heads is None else {"heads": heads}
-    return sizes
+    Sizes are read from shapes; heads and epsilon from the config.json beside the files, without
+    which weights of one of SIZES have its heads.
+
+    Raises:
+      UserError: VideoTransformer does not compute what these weights are for, or nothing tells the
+        number of heads.
+    """
+    def shape(module):
+        return next(tensors[f"{key.format(0)}.weight"].shape for key in MODULES[module]
+                    if f"{key.format(0)}.weight" in tensors)
+
+    try:
+        patch = shape("stem/patch_embedding")
+        blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+        sizes = {"channels": patch[1], "patch": tuple(patch[2:]), "width": patch[0],
+                 "layers": len(blocks), "ffn": shape("blocks/ffn_1")[0],
+                 "text_width": shape("stem/text_1")[1],
+                 "frequency_width": shape("stem/time_1")[1]}
+    except (StopIteration, IndexError) as error:
+        raise UserError(f"{tensors.path} is not a whole Wan transformer: a layer of the stem "
+                        "or of the first block is missing or of another kind.") from error
+    _check_supported(tensors, sizes)
+    return sizes | {"heads": _heads(tensors, sizes),
+                    "epsilon": tensors.config.number("eps", VideoTransformer.epsilon)}
+
+
+def _check_supported(tensors: Tensors, sizes: Mapping):
+    """Raises UserError for weights of another model than VideoTransformer of these sizes."""
+    last = [tensors[key].shape for key in ("proj_out.bias", "head.head.bias") if key in tensors]
+    out = last[0][0] // math.prod(sizes["patch"]) if last else sizes["channels"]
+    images = [key for key in tensors if key.startswith(("condition_embedder.image", "img_emb"))]
+    if images or out != sizes["channels"]:
+        what = images[0] if images else f"{sizes['channels']} channels in and {out} out"
+        raise UserError(
+            f"{tensors.path} has {what}: weights that take an image, or another condition beside "
+            "the noisy latents and the text, are not supported (image-to-video, control). Take "
+            "text-to-video weights (T2V), or Wan 2.2 TI2V 5B.")
+    as_stored = {
+        "in_channels": sizes["channels"], "in_dim": sizes["channels"], "out_channels": out,
+        "out_dim": out, "dim": sizes["width"], "num_layers": sizes["layers"],
+        "ffn_dim": sizes["ffn"], "freq_dim": sizes["frequency_width"],
+        "text_dim": sizes["text_width"], "patch_size": list(sizes["patch"])}
+    tensors.config.check(COMPUTES | {key: (value,) for key, value in as_stored.items()})
+
+
+def _heads(tensors: Tensors, sizes: Mapping) -> int:
+    """The number of heads, which shapes do not tell: by config.json, or of the SIZES like these."""
+    config = tensors.config
+    heads = config.number("num_attention_heads", config.number("num_heads"))
+    if heads is None:
+        like = [size["heads"] for size in SIZES.values()
+                if all(sizes[name] == size[name] for name in size if name != "heads")]
+        if not like:
+            raise UserError(f"{tensors.path} has no config.json that says num_attention_heads, "
+                            "which the weights themselves do not tell, and is of none of the sizes "
+                            f"{', '.join(SIZES)}: put the model's config.json beside the weights.")
+        heads = like[0]
+    config.check({"attention_head_dim": (sizes["width"] / heads,)})
+    return heads
 
 
 def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
     """Raises UserError when the weights are of another size; says of which."""
-    def differing(sizes: Mapping) -> dict:
-        return {name: value for name, value in found.items()
-                if name in sizes and sizes[name] != value}
-
-    try:
-        found = stored_sizes(tensors)
-    except (KeyError, IndexError, json.JSONDecodeError) as error:
-        raise UserError(f"{tensors.path} is not a whole Wan transformer: {error!r}.") from error
-    if wrong := differing(vars(transformer)):
-        fits = next((f"size='{name}'" for name, sizes in SIZES.items() if not differing(sizes)),
-                    ", ".join(f"{name}={value}" for name, value in found.items()))
+    found = stored_sizes(tensors)
+    if wrong := [name for name, value in found.items() if getattr(transformer, name) != value]:
+        size = next((name for name, fields in SIZES.items()
+                     if all(found[field] == value for field, value in fields.items())), None)
+        named = {} if size is None else {"size": size}
+        defaults = vars(VideoTransformer(**SIZES[size])) if size else {}
+        named |= {name: value for name, value in found.items() if defaults.get(name) != value}
         raise UserError(
-            f"{tensors.path} has {', '.join(f'{name} {value}' for name, value in wrong.items())}, "
+            f"{tensors.path} has {', '.join(f'{name} {found[name]}' for name in wrong)}, "
             f"the model {', '.join(f'{name} {getattr(transformer, name)}' for name in wrong)}: "
-            f"what fits is {fits}.")
+            f"what fits is {', '.join(f'{name}={value!r}' for name, value in named.items())}.")
+
+
+def _check_pipeline(path: Path):
+    """Raises UserError for a pipeline of which `transformer` is not all, or that predicts
+    something else than the velocity."""
+    listed = ModelConfig.read(path / "model_index.json").get("transformer_2")
+    if (path / "transformer_2").is_dir() or (isinstance(listed, list) and any(listed)):
+        raise UserError(
+            f"{path} has two transformers (Wan 2.2 A14B): `transformer` for high and "
+            "`transformer_2` for low noise. One transformer for all noise is what is supported: "
+            f"name the one to start from, {path / 'transformer'} or {path / 'transformer_2'}.")
+    ModelConfig.read(path / "scheduler" / "scheduler_config.json").check(SCHEDULES)
 
 
 def export(workdir: str | Path, out: str | Path, dtype: str):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxvp.errors import UserError
 from jaxvp.models.wan_vae import MULTIPLIERS, TIME, VERSIONS, WanVAE
@@ -64,6 +66,10 @@ def vae_of(tensors: Mapping[str, streaming.Tensor], **fields) -> WanVAE:
 def load(path: str | Path, vae: WanVAE, abstract: dict | None = None) -> tuple[dict, Report]:
     """Parameters of `vae`; a host reads only the shards of its own devices.
 
+    Latents are normalised as config.json beside the files says (`latents_mean`, `latents_std`):
+    where those are not the published numbers, the difference goes into the layers next to the
+    latents, so that `vae` computes the same.
+
     Args:
       path: a safetensors file, its index, or the folder of either, in either spelling.
       vae: whose parameters they are.
@@ -72,19 +78,26 @@ def load(path: str | Path, vae: WanVAE, abstract: dict | None = None) -> tuple[d
 
     Raises:
       UserError: as `streaming.Tensors` and `streaming.load`; or the file is
-        of another autoencoder, which is named.
+        of another autoencoder, which is named; or config.json does not say a normalisation.
     """
     tensors = Tensors(path)
     found = vae_of(tensors)
     if (vae.version, vae.sizes) != (found.version, found.sizes):
         raise UserError(f"{path} is of {_show(found)}, not of {_show(vae)}.")
+    config, sizes = tensors.config, vae.sizes
+    mean = config.numbers("latents_mean", sizes.mean)
+    std = config.numbers("latents_std", sizes.std)
+    if min(std) <= 0:
+        raise UserError(f"{config.path} says latents_std {std}; expected positive numbers.")
     abstract = _abstract(vae) if abstract is None else abstract
     stored = plan(vae, original="encoder.conv1.weight" in tensors)
     # Half of an autoencoder may be wanted; every key must be known all the same.
     other = {key for name, entry in stored.items() if name.partition("/")[0] not in abstract
              for key in entry.all_keys()}
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in other}
-    return streaming.load(tensors, stored, abstract)
+    params, report = streaming.load(tensors.without(other), stored, abstract)
+    if (mean, std) != (sizes.mean, sizes.std):
+        params = _renormalised(params, vae, mean, std)
+    return params, report
 
 
 def save(params: dict, vae: WanVAE, folder: str | Path):
@@ -106,6 +119,39 @@ def save(params: dict, vae: WanVAE, folder: str | Path):
         "scale_factor_temporal": vae.stride, "scale_factor_spatial": vae.side,
     }
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _renormalised(params: dict, vae: WanVAE, mean: tuple, std: tuple) -> dict:
+    """`params` with which the published normalisation gives what `mean` and `std` give with these:
+    (x - mean) / std = (ratio * x + move - published mean) / published std.
+
+    The layers next to the latents, which are linear in every position, take it in.
+    """
+    ratio = np.divide(vae.sizes.std, std).astype(np.float32)
+    move = np.subtract(vae.sizes.mean, ratio * mean).astype(np.float32)
+
+    def encoder(layer):  # Gives means, and logarithms of variances.
+        scale = np.concatenate([ratio, np.ones_like(ratio)])
+        shift = np.concatenate([move, 2 * np.log(ratio)])
+        return {"kernel": layer["kernel"] * scale, "bias": layer["bias"] * scale + shift}
+
+    def decoder(layer):
+        kernel = layer["kernel"] / ratio[:, None]
+        return {"kernel": kernel,
+                "bias": layer["bias"] - jnp.dot(move, kernel, precision="highest")}
+
+    def changed(change, layer):
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), change(layer), layer)
+
+    params = dict(params)
+    for part, name, change in (("encoder", "quant_conv", encoder),
+                               ("decoder", "post_quant_conv", decoder)):
+        if part in params:
+            layer = params[part][name]
+            run = jax.jit(functools.partial(changed, change),
+                          out_shardings=jax.tree.map(lambda x: x.sharding, layer))
+            params[part] = params[part] | {name: run(layer)}
+    return params
 
 
 @functools.lru_cache(maxsize=8)

@@ -53,7 +53,7 @@ class Synthetic(Builder):
 
     def features(self):
         return episode.features(
-            {camera: (16, 16) for camera in VIEWS if camera in self.cameras or not self.has_action},
+            {camera: (16, 16) for camera in VIEWS if camera in self.cameras},
             ["a [m]", "b"],
             ["x [m]", "y [rad]", "z"],
         )

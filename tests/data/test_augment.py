@@ -48,6 +48,25 @@ def test_a_crop_is_a_part_of_the_picture_and_moves():
     assert np.abs(crops[0] - crops[1]).max() > 10 and np.abs(crops[:, 0] - crops[:, 1]).max() > 10
 
 
+def test_without_keys_the_middle_is_shown_at_the_size_of_training():
+    """What is validated, sampled and exported: an object is as large as it was in training."""
+    video = np.zeros((8, 2, 2, 32, 48, 3), np.uint8)
+    video[..., 12:20, 18:30, :] = 255  # 8 rows and 12 columns in the middle.
+
+    def extent(clip):
+        return [float((np.asarray(clip["video"])[..., row, column, 0] / 255).sum(-1).mean())
+                for row, column in ((slice(None), 12), (8, slice(None)))]
+
+    trained = augment.fit({"video": video}, SPEC, keys(*range(8)), 0.8)
+    assert extent(trained) == pytest.approx([5, 7.5], abs=0.4)
+    middle = augment.fit({"video": video}, SPEC, crop=0.8)
+    assert extent(middle) == pytest.approx([5, 7.5], abs=0.1)
+    shown = np.asarray(middle["video"]).astype(int)
+    assert np.abs(shown - shown[..., ::-1, ::-1, :]).max() <= 1
+    half = np.asarray(augment.fit({"video": gradient(1)}, SPEC, crop=0.5)["video"]).astype(int)
+    assert np.abs(half - gradient(1)[..., 8:24, 12:36, :]).max() <= 1
+
+
 def test_crops_reach_every_corner_and_stay_inside():
     video = gradient(200)
     starts = np.asarray(augment.fit({"video": video}, SPEC, keys(*range(200)), 0.75)["video"])

@@ -94,6 +94,17 @@ def test_more_frames_per_second_than_the_data_is_an_error(dataset):
         clips_of(dataset, spec(fps=12))
 
 
+@pytest.mark.parametrize(
+    ("stored", "fps"), [(29.97, 29.97), (29.97, 30000 / 1001), (30000 / 1001, 29.97), (4.95, 4.95)])
+def test_a_fraction_is_the_same_rate_whatever_its_rounding(make_dataset, stored, fps):
+    folder = make_dataset("fraction", lengths=(6, 12), fps=stored)
+    clip = clips_of(folder, spec(fps=fps))[6 + 7]
+    check_colours(clip["video"], 1, [7, 8, 9, 10])
+    assert clip["frame_mask"].all()
+    with pytest.raises(ValueError, match="frames per second, clips want"):
+        clips_of(folder, spec(fps=fps * 1.001))
+
+
 def test_images_are_resized(dataset):
     clip = clips_of(dataset, spec(height=8, width=32))[number(2, 0)]
     assert clip["video"].shape == (3, 4, 8, 32, 3)
@@ -126,7 +137,7 @@ def test_missing_camera_is_an_error_that_names_the_remedy(make_dataset):
 
 
 def test_camera_that_a_record_lacks_is_masked(make_dataset):
-    folder = make_dataset("one_view", cameras=("head",), has_action=False)
+    folder = make_dataset("one_view", blind=(0,), has_action=False)
     clip = clips_of(folder)[0]
     assert clip["view_mask"].tolist() == [True, False, False]
     assert (clip["video"][1:] == 127).all()

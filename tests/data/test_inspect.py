@@ -52,10 +52,24 @@ def test_facts_of_the_sources(two):
     assert robot["views"] == [(view, view, 1.0) for view in synthetic.VIEWS]
     assert people["views"] == [("head", "head", 1.0), ("left_wrist", None, 0),
                                ("right_wrist", None, 0)]
-    assert people["unused"] == ["left_wrist", "right_wrist"]
+    assert people["unused"] == []
     assert found["robots"]["people"]["action"] is None
     assert found["robots"]["test robot"]["action"].max == pytest.approx((5, 2.9, 4))
     assert found["robots"]["test robot"]["state"].count == 58
+
+
+def test_the_share_of_a_view_is_that_of_the_clips(make_dataset):
+    """Episodes of 7 and 30 steps lack the wrists, of 79 in all."""
+    path = make_dataset("blind", blind=(0, 3))
+    found = inspect.inspect(config({"path": str(path)}))
+    share = pytest.approx(42 / 79)
+    assert found["sources"][0]["views"] == [
+        ("head", "head", 1.0), ("left_wrist", "left_wrist", share),
+        ("right_wrist", "right_wrist", share)]
+    stream = io.StringIO()
+    inspect.tables(found, rich.console.Console(file=stream, width=200, markup=False))
+    assert ("head = head in 100.0 % of the clips, left_wrist = left_wrist in 53.2 % of the clips"
+            in stream.getvalue())
 
 
 def test_shares_without_weights_are_by_clips(two):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxvp.config import build
 from jaxvp.data import array_record, mixture
 from jaxvp.data.mixture import DataConfig
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.errors import UserError
 
 
 def config(*folders, **changes):
@@ -111,12 +111,12 @@ def test_any_number_of_processes_sees_the_same_batches(two, tmp_path):
     }
     step = 0
     for count in (4, 1, 2, 4, 2, 1, 4):
-        state = json.loads(json.dumps({"step": step, "batch_size": 8}))
+        state = json.loads(json.dumps(reference.get_state() | {"step": step}))
         for part in parts[count]:
             part.set_state(state)
         batches = [take(part, 4) for part in parts[count]]
         step += 4
-        assert all(part.get_state() == {"step": step, "batch_size": 8} for part in parts[count])
+        assert all(part.get_state() == state | {"step": step} for part in parts[count])
         found = [{key: np.concatenate([part[n][key] for part in batches]) for key in expected[0]}
                  for n in range(4)]
         assert equal(found, expected[step - 4 : step])
@@ -132,14 +132,44 @@ def test_state_of_another_batch_size(two):
     found = np.concatenate([batch["state"] for batch in take(double, 2)])
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="12 examples, is not a multiple of batch_size 5"):
-        mixture.train_iterator(cfg, 5, seed=5).set_state({"step": 3, "batch_size": 4})
+        mixture.train_iterator(cfg, 5, seed=5).set_state(iterator.get_state())
+
+
+def test_a_state_in_other_data_is_refused(two, dataset):
+    """Records that came, sources that were exchanged or filtered: a position means nothing then."""
+    state = mixture.train_iterator(config(*two), 4, seed=5).get_state()
+    changed = config(*two), config(*reversed(two)), config(two[0])
+    mixture.train_iterator(changed[0], 4, seed=5).set_state(state)
+    for other in changed[1:]:
+        with pytest.raises(UserError, match="are not those of the checkpoint"):
+            mixture.train_iterator(other, 4, seed=5).set_state(state)
+    old = {"step": 1, "batch_size": 4}  # Of a version that did not say which data.
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
+        mixture.train_iterator(config(*two), 4, seed=5).set_state(old)
+
+
+def test_statistics_of_a_checkpoint_stay(two):
+    cfg = config(*two)
+    found = mixture.statistics(cfg)
+    robot, normalizer = next(iter(found.items()))
+    wider = dataclasses.replace(normalizer.action, max=tuple(2 * x for x in normalizer.action.max))
+    before = {robot: dataclasses.replace(normalizer, action=wider), "other": normalizer}
+    used = mixture.train_iterator(cfg, 4, seed=5, normalizers=before).normalizers
+    assert used == found | {robot: before[robot]}
+    renamed = dataclasses.replace(wider, names=tuple(f"{name}_2" for name in wider.names))
+    with pytest.raises(UserError, match="Give the robot another name"):
+        mixture.train_iterator(cfg, 4, seed=5, normalizers={
+            robot: dataclasses.replace(normalizer, action=renamed)})
+    with pytest.raises(UserError, match="data.normalization is 'min_max'; the checkpoint knows"):
+        mixture.train_iterator(cfg, 4, seed=5, normalizers={
+            robot: dataclasses.replace(normalizer, mode="quantile")})
 
 
 def test_state_is_that_of_batches_taken_not_of_those_made(two):
     iterator = mixture.train_iterator(config(*two, num_threads=2, prefetch=4), 4, seed=5)
     take(iterator, 2)
     time.sleep(0.2)
-    assert iterator.get_state() == {"step": 2, "batch_size": 4}
+    assert iterator.get_state()["step"] == 2
 
 
 def test_memory_of_batches_is_used_again_but_never_while_something_refers_to_it(dataset):
@@ -238,6 +268,14 @@ def test_filters_of_a_source(make_dataset, filters, expected):
     assert counted == sum(LENGTHS[number] for number in expected)
 
 
+def test_min_seconds_of_a_fraction(make_dataset):
+    folder = make_dataset("fraction", lengths=(11, 12), fps=30000 / 1001)
+    for seconds in (12 / 29.97, 12 / 29.971):
+        episodes = mixture.open_source(cfg := config({"path": str(folder), "min_seconds": seconds}),
+                                       cfg.sources[0])
+        assert episodes.lengths.tolist() == [12]
+
+
 def test_filters_that_leave_nothing(make_dataset):
     folder = str(make_dataset("filtered", robots=("one", "two"), blind=(1, 3, 5)))
     with pytest.raises(ValueError, match="No episode of .* train is left: of 6 records robots keeps"
@@ -323,13 +361,40 @@ def test_statistics_leave_out_what_is_damaged(make_dataset):
     assert iterator.bad_records == 1
 
 
-def test_statistics_per_robot_and_of_a_subset(two, monkeypatch):
+def test_statistics_per_robot(two):
     assert set(mixture.statistics(config(*two))) == {"robot a", "robot b"}
-    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", 10)
-    for folder in two:
-        for stored in (folder / ".jaxvp").glob("statistics-*"):
-            shutil.rmtree(stored)
-    assert 5 <= mixture.statistics(config(*two))["robot a"].action.count <= 20
+
+
+@pytest.mark.parametrize("limit", [2, 8, 40])
+def test_only_quantiles_are_of_a_sample(make_dataset, monkeypatch, limit):
+    """The largest values come late, in records that are shorter than the distance of samples."""
+    lengths = tuple(range(3, 20))
+    rows = np.stack([action(number, step) for number, length in enumerate(lengths)
+                     for step in range(length)]).astype(np.float64)
+    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", limit)
+    found = mixture.statistics(config(make_dataset("many", lengths=lengths)))["test robot"].action
+    assert found.count == len(rows)
+    assert (found.min, found.max) == (tuple(rows.min(0)), tuple(rows.max(0)))
+    np.testing.assert_allclose(found.mean, rows.mean(0))
+    np.testing.assert_allclose(found.std, rows.std(0), atol=1e-12)
+    if limit == 40:  # Of 187 steps.
+        ranks = np.searchsorted(np.sort(rows[:, 1]), (found.q01[1], found.q99[1])) / len(rows)
+        assert ranks[0] < 0.06 and ranks[1] > 0.9
+
+
+def test_a_sample_does_not_depend_on_records_and_sources(make_dataset, monkeypatch):
+    """Episodes that are cut into other records, and sources in another order."""
+    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", 30)
+    folders = [make_dataset(name, max_steps=steps) for name, steps in (("a", 600), ("b", 4))]
+    other = make_dataset("other", lengths=(30,))
+    opened = [[mixture.open_source(cfg := config(path), cfg.sources[0]) for path in paths]
+              for paths in ((folders[0], other), (other, folders[0]), (other, folders[1]))]
+    first, *others = [mixture._compute_statistics(sources)["test robot"]["action"]
+                      for sources in opened]
+    for found in others:
+        for name, value in first.items():
+            if name not in ("names", "units"):
+                np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_video_without_actions_joins_a_mixture(dataset, make_dataset):
@@ -371,6 +436,7 @@ def test_bad_configs(dataset):
     for changes, message in (
         ({"layout": "bimanal"}, r"data.layout: expected one of \['single', .*, found 'bimanal'"),
         ({"normalization": "z"}, "data.normalization: expected one of"),
+        ({"crop": 0.8, "latents": (2, 8, 8, 16)}, "crop is 0.8, but data.latents are of whole pic"),
     ):
         with pytest.raises(ValueError, match=message):
             build(DataConfig, dataclasses.asdict(config(dataset)) | changes, "data")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxvp.data.normalize import Normalizer, Stats
+from jaxvp.data.normalize import STATE_LIMIT, Normalizer, Stats, StatsStream
 
 
 @pytest.fixture
@@ -29,6 +29,33 @@ def test_statistics_are_those_of_numpy(values):
     np.testing.assert_allclose(found.std, values.std(0))
     np.testing.assert_allclose(found.q01, np.quantile(values, 0.01, axis=0))
     np.testing.assert_allclose(found.q99, np.quantile(values, 0.99, axis=0))
+
+
+def test_statistics_in_parts_are_those_of_the_whole(values):
+    """Whatever the order and the size of the parts; a mean that is large beside what varies."""
+    values = (values + [0, 1e4, 0, 0]).astype(np.float32)
+    keys = np.random.default_rng(1).integers(0, 2**64, len(values), np.uint64)
+    order = np.random.default_rng(2).permutation(len(values))
+
+    def streamed(sample, order, size):
+        stream = StatsStream([f"d{i}" for i in range(4)], [""] * 4, sample)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            stream.add(values[part], keys[part])
+        return stream.result()
+
+    whole, there = stats(values.astype(np.float64)), np.arange(len(values))
+    for sample in (len(values), 100):
+        parts = [streamed(sample, there, 500), streamed(sample, there[::-1], 7),
+                 streamed(sample, order, 64)]
+        for found in parts:
+            assert (found.count, found.min, found.max) == (500, whole.min, whole.max)
+            np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
+            np.testing.assert_allclose(found.std, whole.std, rtol=1e-9, atol=1e-12)
+            assert (found.q01, found.q99) == (parts[0].q01, parts[0].q99)
+    assert streamed(500, order, 7).q99 == whole.q99
+    drawn = np.quantile(values[np.argsort(keys)[:100]].astype(np.float64), 0.99, axis=0)
+    np.testing.assert_array_equal(parts[0].q99, drawn)
 
 
 @pytest.mark.parametrize("column", ["action", "state"])
@@ -55,6 +82,33 @@ def test_quantiles_clip_actions_but_not_states(values):
 def test_quantiles_keep_a_dimension_that_rarely_moves(values):
     normalizer = Normalizer(stats(values), None, "quantile")
     assert set(np.unique(normalizer.normalize("action", values)[:, 3])) == {-1, 1}
+
+
+@pytest.mark.parametrize("noise", [0.0, 2e-4, 2e-3])
+def test_a_gripper_that_is_rarely_open_can_be_opened(noise):
+    """Closed, but for an encoder's noise, in 99.4 % of the steps; the arm keeps its quantiles."""
+    rng = np.random.default_rng(0)
+    gripper = np.abs(noise * rng.standard_normal(5000))
+    gripper[rng.choice(5000, 30, replace=False)] = 1.0
+    arm = rng.normal(0.0, 0.01, 5000)
+    arm[:20] = 1.0  # Rare jerks, at which the arm is still not nearly constant.
+    found = stats(np.stack([gripper, arm], 1))
+    normalizer = Normalizer(found, None, "quantile")
+    wanted = np.array([[0.0, 0.01], [1.0, -0.01]])
+    back = normalizer.unnormalize("action", normalizer.normalize("action", wanted))
+    np.testing.assert_allclose(back, wanted, atol=1e-6)
+    assert normalizer.action.bounds("quantile")[1][1] == found.q99[1] < 0.03
+
+
+@pytest.mark.parametrize("mode", ["min_max", "quantile"])
+def test_states_far_outside_of_the_data_are_limited(mode):
+    """A joint that has always held still, and has noise."""
+    rng = np.random.default_rng(0)
+    still = stats(1.569 + 2.5e-4 * rng.standard_normal((5000, 1)))
+    normalizer = Normalizer(None, still, mode)
+    found = normalizer.normalize("state", [[1.549], [1.569], [40.0], [still.max[0]]])[:, 0]
+    assert found[0] == -STATE_LIMIT and found[2] == STATE_LIMIT and abs(found[1]) < 0.1
+    assert 1 <= found[3] + 1e-6 < 2.5, "the data itself is not touched"
 
 
 def test_unnormalized_actions_stay_in_the_data(values):

@@ -88,3 +88,10 @@ def test_policies_import_nothing_of_the_training_side():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_instruction_is_cleaned_as_builders_clean_it():
+    expected = "arm; one view; pick up the cup"
+    for text in ("pick up the cup", " pick  up\nthe cup ", b"pick up\tthe cup"):
+        assert observation.describe("arm", "one view", text) == expected
+    assert observation.describe("arm", "one view", "None") == "arm; one view; "

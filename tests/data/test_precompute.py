@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -119,7 +120,8 @@ def test_a_stopped_run_continues_with_the_missing_files(stored, tmp_path, monkey
         precompute.precompute(source, encoder, tmp_path, 3)
     with pytest.raises(UserError, match="an unfinished build"):
         rlds.version_folder(tmp_path)
-    with pytest.raises(UserError, match="other settings"):
+    (tmp_path / "1.0.0.incomplete" / "synthetic-val.array_record.0a.partial").write_bytes(b"half")
+    with pytest.raises(UserError, match="left from a run with other settings"):
         precompute.precompute(source, encoder, tmp_path, 2)
     again = []
     monkeypatch.setattr(precompute, "_write", lambda target, *a: again.append(target.name)
@@ -128,9 +130,74 @@ def test_a_stopped_run_continues_with_the_missing_files(stored, tmp_path, monkey
     assert again and not set(again) & set(written)
     for path in folder.glob("*.array_record*"):
         assert (result / path.name).read_bytes() == path.read_bytes()
-    assert not list(result.glob("*.partial")) and not (result / "plan.json").exists()
-    with pytest.raises(UserError, match="exists already"):
-        precompute.precompute(source, encoder, tmp_path, 3)
+    assert not list(result.glob("*.partial"))
+    again.clear()
+    assert precompute.precompute(source, encoder, tmp_path, 3) == result and not again
+    with pytest.raises(UserError, match="exists already, and not with these settings"):
+        precompute.precompute(source, encoder, tmp_path, 2)
+
+
+def test_a_run_that_is_killed_before_its_last_step_keeps_its_settings(
+        make_dataset, tmp_path, monkeypatch):
+    original = make_dataset("made", lengths=(5, 6))
+    config = plain(config_of(original))
+    encoder, source = precompute.Encoder(config, batch_size=8), config.data.sources[0]
+    rename = Path.rename
+
+    def killed(path, target):
+        if Path(target).name == "1.0.0":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.precompute(source, encoder, tmp_path / "out", 3)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "1.0.0.incomplete" / "dataset_info.json").exists()
+    with pytest.raises(UserError, match="an unfinished build"):
+        rlds.version_folder(tmp_path / "out")
+    with pytest.raises(UserError, match="left from a run with other settings"):
+        precompute.precompute(source, encoder, tmp_path / "out", 2)
+    result = precompute.precompute(source, encoder, tmp_path / "out", 3)
+    assert rlds.Episodes(result, "train").stored_latents["stride"] == 3
+
+
+@pytest.mark.parametrize("plan", [None, '{"stride": 3'])
+def test_files_without_a_plan_are_refused(make_dataset, tmp_path, plan):
+    config = plain(config_of(make_dataset("made", lengths=(5,))))
+    encoder, source = precompute.Encoder(config, batch_size=8), config.data.sources[0]
+    folder = tmp_path / "out" / "1.0.0.incomplete"
+    folder.mkdir(parents=True)
+    (folder / "synthetic-train.array_record-00000-of-00001").write_bytes(b"of whom?")
+    if plan:
+        (folder / "plan.json").write_text(plan)
+    with pytest.raises(UserError, match="1.0.0.incomplete is left from a run with other settings"):
+        precompute.precompute(source, encoder, tmp_path / "out", 3)
+
+
+def test_the_files_of_another_source_are_not_continued(make_dataset, tmp_path, monkeypatch):
+    one, other = make_dataset("one", lengths=(5, 6)), make_dataset("other", lengths=(6, 5))
+    encoder = precompute.Encoder(plain(config_of(one)), batch_size=8)
+    monkeypatch.setattr(precompute, "_finish", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        precompute.precompute(mixture.SourceConfig(path=str(one)), encoder, tmp_path / "out", 3)
+    with pytest.raises(UserError, match="or another source"):
+        precompute.precompute(mixture.SourceConfig(path=str(other)), encoder, tmp_path / "out", 3)
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(make_dataset, tmp_path):
+    """By a limit on the size of files, whose error comes by the same way."""
+    config = plain(config_of(make_dataset("made", lengths=(30, 30))))
+    encoder, source = precompute.Encoder(config, batch_size=8), config.data.sources[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="train.*cannot be written: .*File too large"):
+            precompute.precompute(source, encoder, tmp_path / "out", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    names = [path.name for path in (tmp_path / "out" / "1.0.0.incomplete").iterdir()]
+    assert names == ["plan.json"]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -144,11 +211,18 @@ def test_latents_of_other_clips_are_refused(stored, changes, message):
         mixture.train_iterator(plain(config_of(stored[1], **changes)).data, 4, 0)
 
 
+def test_latents_of_the_same_rate_are_taken(stored):
+    config = plain(config_of(stored[1], latents=LATENTS, fps=5.0 * (1 + 1e-6)))
+    assert next(mixture.train_iterator(config.data, 4, 0))["latents"].shape == (4, *LATENTS)
+
+
 def test_images_are_no_latents(stored):
     with pytest.raises(ValueError, match=r"holds images, so data.latents must be \(\)"):
         mixture.train_iterator(plain(config_of(stored[0], latents=LATENTS)).data, 4, 0)
     with pytest.raises(ValueError, match="config.data.latents is set"):
         precompute.Encoder(plain(config_of(stored[0], latents=LATENTS)), 8)
+    with pytest.raises(ValueError, match="crop is 0.8, but latents are of whole pictures"):
+        precompute.Encoder(plain(config_of(stored[0], crop=0.8)), 8)
 
 
 def test_the_command(dataset, tmp_path):
@@ -197,44 +271,110 @@ def test_an_unreadable_picture_is_named(make_dataset, tmp_path):
     assert not list((tmp_path / "out").glob("*/dataset_info.json"))
 
 
-TWO_PROCESSES = """
-import sys
+PROCESS = """
+import sys, time
 from jaxvp import distributed
-distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+address, rank, source, out, fault = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 from pathlib import Path
 from jaxvp.data import precompute
 from test_precompute import config_of, plain
-config = plain(config_of(sys.argv[3]))
-write = precompute._write
-def note(target, *arguments):
+config = plain(config_of(source))
+write, finish, sink = precompute._write, precompute._finish, precompute.ArrayRecordWriter
+
+def recorded(path, options):
+    print("partial", path)
+    return sink(path, options)
+
+def noted(target, *arguments):
     print("wrote", target.name)
     write(target, *arguments)
-precompute._write = note
-encoder = precompute.Encoder(config, batch_size=8)
-precompute.precompute(config.data.sources[0], encoder, Path(sys.argv[4]), 3)
+    while fault == "rank 1 while 0 works" and rank == 0:  # Ends if it is told.
+        target.unlink()
+        write(target, *arguments)
+    if fault.startswith("rank 1") and rank == 1:
+        time.sleep(2)
+        raise OSError(28, "No space left on device", str(target))
+
+def finishes(*arguments):
+    if fault == "rank 0 while 1 waits":
+        raise RuntimeError("a bug")
+    finish(*arguments)
+
+precompute.ArrayRecordWriter, precompute._write, precompute._finish = recorded, noted, finishes
+with distributed.processes(address=address, num_processes=2, process_id=rank):
+    encoder = precompute.Encoder(config, batch_size=8)
+    stride = 2 if fault == "other flags" and rank == 1 else 3
+    precompute.precompute(config.data.sources[0], encoder, Path(out), stride)
 """
 
 
-def test_two_processes_share_the_files(stored, tmp_path):
-    original, alone = stored
-    with socket.create_server(("", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
-    paths = [str(Path(__file__).parent), *sys.path]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                                "PYTHONPATH": os.pathsep.join(paths)}
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(original), str(tmp_path)],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for i in (0, 1)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    written = [{line.split()[1] for line in out.splitlines() if line.startswith("wrote")}
-               for out in outputs]
-    assert all(written) and not written[0] & written[1]
+@pytest.fixture
+def two_processes(tmp_path):
+    """two_processes(source, out, fault) -> [(exit status, output)] of process 0 and 1."""
+    def run(source, out, fault=""):
+        with socket.create_server(("", 0)) as server:
+            address = f"localhost:{server.getsockname()[1]}"
+        paths = [str(Path(__file__).parent), *sys.path]
+        environment = os.environ | {
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+            "PYTHONPATH": os.pathsep.join(paths)}
+        processes = [subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i), str(source), str(out), fault],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for i in (0, 1)]
+        try:
+            outputs = [process.communicate(timeout=90)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(process.returncode, output)
+                for process, output in zip(processes, outputs, strict=True)]
+    return run
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A dataset of three files to train on and one to validate on."""
+    from synthetic import write
+    return write(tmp_path_factory.mktemp("many"), lengths=(5, 6, 7, 8) * 4, val_fraction=0.25)
+
+
+def lines(output, word):
+    return [line.split()[1] for line in output.splitlines() if line.startswith(word)]
+
+
+def test_two_processes_share_the_files(many, two_processes, tmp_path):
+    (first, one), (second, two) = two_processes(many, tmp_path / "two")
+    assert (first, second) == (0, 0), one + two
+    written = lines(one, "wrote"), lines(two, "wrote")
+    assert len(written[0]) == len(written[1]) == 2 and not {*written[0]} & {*written[1]}
+    partial = lines(one, "partial") + lines(two, "partial")
+    assert len(set(partial)) == 4
+    config = plain(config_of(many))
+    alone = precompute.precompute(config.data.sources[0], precompute.Encoder(config, batch_size=8),
+                                  tmp_path / "alone", 3)
     for path in alone.glob("*.array_record*"):
-        assert path.name in written[0] | written[1]
-        assert (tmp_path / alone.name / path.name).read_bytes() == path.read_bytes()
-    assert rlds.splits(tmp_path / alone.name) == ("train", "val")
+        assert path.name in written[0] + written[1]
+        assert (tmp_path / "two" / alone.name / path.name).read_bytes() == path.read_bytes()
+    assert rlds.splits(tmp_path / "two" / alone.name) == ("train", "val")
+
+
+@pytest.mark.parametrize("fault, failing, message", [
+    ("rank 1 while 0 works", 1, "No space left on device"),
+    ("rank 1 while 0 waits", 1, "No space left on device"),
+    ("rank 0 while 1 waits", 0, "RuntimeError: a bug"),
+    ("other flags", 1, "start all processes with the same flags, on one shared --out"),
+])
+def test_a_process_that_fails_ends_the_other(many, two_processes, tmp_path, fault, failing,
+                                             message):
+    results = two_processes(many, tmp_path, fault)
+    assert [status for status, _ in results] == [1, 1], results
+    assert message in results[failing][1] and "is gone" not in results[failing][1]
+    last = results[1 - failing][1].splitlines()[-1]
+    assert f"error: Process {failing} is gone, so process {1 - failing} ends: " in last
+    assert message in last and "Traceback" not in results[1 - failing][1]
+    with pytest.raises(UserError, match="an unfinished build"):
+        rlds.version_folder(tmp_path)
 
 
 def test_sources_of_one_name_are_refused(make_dataset, tmp_path):

@@ -170,6 +170,30 @@ def test_unfinished_build_is_no_dataset(tmp_path):
         Episodes(tmp_path, "train")
 
 
+@pytest.mark.parametrize("name", ["1.0.0.incomplete", "incomplete.A1B2C3_1.0.0"])
+def test_a_build_that_was_killed_before_its_last_step_is_no_dataset(make_dataset, tmp_path, name):
+    """Everything is there but the name."""
+    folder = make_dataset("killed")
+    unfinished = folder.rename(folder.with_name(name))
+    (tmp_path / "link").symlink_to(unfinished)
+    for path in unfinished.parent, unfinished, tmp_path / "link":
+        with pytest.raises(rlds.NoDataset, match="an unfinished build.*repeat its command"):
+            rlds.version_folder(path)
+    shutil.copytree(unfinished, folder)
+    assert rlds.version_folder(folder.parent) == folder
+
+
+def test_links_and_hidden_folders_beside_a_version(make_dataset):
+    folder = make_dataset("linked")
+    folder.with_name("latest").symlink_to(folder.name)
+    shutil.copytree(folder, folder.with_name("._1.0.0"))
+    assert rlds.version_folder(folder.parent) == folder
+    real = folder.rename(folder.parent.with_name("elsewhere"))
+    folder.symlink_to(real)
+    assert rlds.version_folder(folder.parent) == folder.with_name("1.0.0")
+    assert len(Episodes(folder.parent, "train")) == len(LENGTHS)
+
+
 def test_several_versions(make_dataset, tmp_path):
     folder = make_dataset("versions")
     shutil.copytree(folder, folder.with_name("2.0.0"))
@@ -327,6 +351,33 @@ def test_features_of_another_schema(make_dataset):
     (folder / "features.json").write_text(text)
     with pytest.raises(ValueError, match="features.json lacks 'camera_layout'"):
         Episodes(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '"a"', "\x00\x01", '{"a": 1}'])
+def test_garbled_metadata_is_named_in_one_line(make_dataset, name, text):
+    folder = make_dataset("garbled")
+    (folder / name).write_text(text)
+    for read in (rlds.splits, lambda folder: Episodes(folder, "train")):
+        with pytest.raises(UserError, match=f"{name} is not as TFDS writes it: .+") as error:
+            read(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("tensor", {"shape": {"dimensions": ["x"]}}, " is not as TFDS writes it"),
+    ("tensor", {"shape": {}, "dtype": "float32", "encoding": "none"},
+     ": action must be a vector, found the shape \\(\\)"),
+    ("pythonClassName", "no.Such", " is not as TFDS writes it: Unrecognized Feature"),
+])
+def test_parts_of_features_json_that_are_garbled(make_dataset, key, value, message):
+    path = make_dataset("garbled") / "features.json"
+    features = json.loads(path.read_text())
+    steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
+    steps["featuresDict"]["features"]["action"][key] = value
+    path.write_text(json.dumps(features))
+    with pytest.raises(UserError, match=f"features.json{message}"):
+        Episodes(path.parent, "train")
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xd9"])

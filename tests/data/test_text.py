@@ -1,11 +1,17 @@
-"""Bytes and pieces as tokens."""
+"""Instructions in one line; bytes and pieces as tokens."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxvp.data.text import ByteTokenizer, SentencePieceTokenizer, clean
+from jaxvp.data.text import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    clean,
+    clean_instruction,
+    one_line,
+)
 from jaxvp.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/umt5_tokenizer.npz")
@@ -16,6 +22,25 @@ TEXTS = (  # As in golden/umt5.py.
     "“Würfel” ﬁrst — naïve café, 3½ cm",
     "put the 25 blocks_on the plate!",
 )
+
+
+@pytest.mark.parametrize(("text", "cleaned"), [
+    ("  pick  up\n the cup ", "pick up the cup"), ("pick\u2028up\u00a0the\tcup", "pick up the cup"),
+    (b"r\xc3\xbchren", "r\u00fchren"),
+    (None, ""), ("", ""), ("None", ""), ("NaN", ""), ("null", ""), (float("nan"), ""),
+    ("nanny", "nanny"),
+])
+def test_instructions_are_cleaned(text, cleaned):
+    assert clean_instruction(text) == cleaned == clean_instruction(cleaned)
+
+
+def test_an_instruction_that_is_not_utf8_is_an_error():
+    with pytest.raises(UserError, match=r"an instruction is not UTF-8: b'caf\\xe9'"):
+        clean_instruction(b"caf\xe9")
+
+
+def test_one_line():
+    assert one_line("\n None  of \r\n these ") == "None of these"
 
 
 @pytest.mark.parametrize("text", ["", "pick up the red block", "Würfel → 左"])

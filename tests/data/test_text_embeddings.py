@@ -1,5 +1,8 @@
 """Embeddings of texts: the folder, the command that fills it, and clips that read from it."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -34,6 +37,14 @@ def test_lookup_pads_with_zeros(tmp_path):
     assert "abc" in embeddings and "abcd" not in embeddings
 
 
+def test_white_space_makes_no_other_text(tmp_path):
+    """As the tokenizer, which cleans it."""
+    assert add(tmp_path, ["a  b\n", "a b"], "e", 4, encode) == 1
+    embeddings = TextEmbeddings(tmp_path)
+    assert " a\tb" in embeddings and embeddings.lookup("a  b", 4).tolist()[0] == [3] * 4
+    assert add(tmp_path, ["a b "], "e", 4, encode) == 0
+
+
 def test_what_lookup_refuses(tmp_path):
     with pytest.raises(UserError, match="--out=.*none`"):
         TextEmbeddings(tmp_path / "none")
@@ -43,6 +54,29 @@ def test_what_lookup_refuses(tmp_path):
         embeddings.lookup("other", 8)
     with pytest.raises(ValueError, match="3 tokens, text_length is 2.*'abc'"):
         embeddings.lookup("abc", 2)
+
+
+def test_an_index_that_is_damaged_is_refused(tmp_path):
+    add(tmp_path, ["abc"], "e", 4, encode)
+    for text, message in (("{", "is not JSON"), ("[]", "holds a list"), ('{"encoder": "e"}',
+                          "expected width of type int, found None")):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(UserError, match=f"index.json .*{message}"):
+            TextEmbeddings(tmp_path)
+        with pytest.raises(UserError, match=f"index.json .*{message}"):
+            add(tmp_path, ["d"], "e", 4, encode)
+
+
+def test_only_a_new_line_ends_a_text(tmp_path):
+    """What other programs write into one line stays one: a U+2028, a form feed, a next line."""
+    texts = ["lift\u2028the plate", "a\x0cb\x0bc\x85d\x1ce\u2029f", "  spaces  ", "", "Würfel"]
+    (tmp_path / "unix").write_text("\n".join(texts) + "\n", "utf-8")
+    (tmp_path / "dos").write_bytes(("\ufeff" + "\r\n".join(texts)).encode())
+    assert text_embeddings.lines(tmp_path / "unix") == texts
+    assert text_embeddings.lines(tmp_path / "dos") == texts
+    (tmp_path / "latin").write_bytes("Würfel".encode("latin-1"))
+    with pytest.raises(UserError, match="latin is not text in UTF-8"):
+        text_embeddings.lines(tmp_path / "latin")
 
 
 def test_only_missing_texts_are_encoded(tmp_path):
@@ -78,6 +112,42 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert calls[2:] == [["c", "d"], ["e"]]
     embeddings = TextEmbeddings(tmp_path)
     assert embeddings.datasets == {"d"} and all(text in embeddings for text in "abcde")
+
+
+def test_processes_that_add_at_the_same_time_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_embeddings, "SHARD", 2)
+    first_encodes, calls = threading.Event(), []
+
+    def slow(texts):
+        calls.append(texts)
+        first_encodes.set()
+        time.sleep(0.2)
+        return encode(texts)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(add, tmp_path, "abcd", "e", 4, slow, ["d1"])
+        first_encodes.wait()
+        second = pool.submit(add, tmp_path, "cde", "e", 4, slow, ["d2"])
+        assert (first.result(), second.result()) == (4, 1)
+    assert calls == [["a", "b"], ["c", "d"], ["e"]]
+    embeddings = TextEmbeddings(tmp_path)
+    assert embeddings.datasets == {"d1", "d2"} and len(embeddings) == 5
+
+
+def test_no_file_is_written_over_and_hidden_ones_are_no_embeddings(tmp_path):
+    (tmp_path / "._00000.safetensors").write_bytes(b"of a Mac")
+    for text in "abc":
+        add(tmp_path, text, "e", 4, encode)
+    (tmp_path / "00000.safetensors").unlink()
+    assert add(tmp_path, "d", "e", 4, encode) == 1
+    assert sorted(TextEmbeddings(tmp_path)._tensors) == sorted(map(text_embeddings._key, "bcd"))
+
+
+def test_files_of_an_unknown_encoder_are_refused(tmp_path):
+    add(tmp_path, "a", "e", 4, encode)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="holds safetensors, but no index.json"):
+        add(tmp_path, "b", "e", 4, encode)
 
 
 @pytest.fixture(scope="module")

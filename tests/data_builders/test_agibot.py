@@ -148,6 +148,21 @@ def test_frames_without_an_instruction_can_stay(tmp_path):
         "shorter than 0.16 s", "no instruction", "327/1/0"]
 
 
+def test_cameras_without_a_video_are_counted(tmp_path):
+    root = tmp_path / "raw"
+    write_task(root, 327, {1: SEGMENTS, 2: SEGMENTS})
+    write_episode(root, 327, 1)
+    videos = write_episode(root, 327, 2)
+    (videos / "hand_left_color.mp4").unlink()
+    _, report = raw.convert(agibot(root), tmp_path / "out")
+    assert (report.kept, report.missing) == (4, {"left_wrist": 2})
+    (videos.parents[1] / "1" / "videos" / "hand_left_color.mp4").unlink()
+    with pytest.raises(UserError, match="None of 4 episodes has images of left_wrist: complete"):
+        raw.convert(agibot(root), tmp_path / "none")
+    _, report = raw.convert(agibot(root, cameras=("head", "right_wrist")), tmp_path / "two")
+    assert (report.kept, report.missing) == (4, {})
+
+
 def test_task_info_and_videos_that_have_no_counterpart(tmp_path):
     root = tmp_path / "raw"
     write_task(root, 327, {1: SEGMENTS, 3: SEGMENTS})

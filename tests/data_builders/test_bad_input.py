@@ -102,14 +102,33 @@ def views(images: list[bytes]) -> list[tuple[int, int]]:
     return [raw.seen(rlds.decode_image(data)) for data in images]
 
 
-def test_missing_camera(good):
+def test_missing_camera(good, capsys):
     write(good / "2", wrist=False)
     records, report = converted(good)
     assert views(records["1"].images["wrist"]) == [(step, 1) for step in range(LENGTH)]
     assert (rlds.decode_image(records["2"].images["wrist"][0]) == 127).all()
-    assert report.kept == 3 and not report.skipped
+    assert report.kept == 3 and not report.skipped and report.missing == {"wrist": 1}
+    arm = Arm(raw=str(good))
+    build.dry_run(arm, arm.items(), 1)
+    assert "  wrist: 1 of 3 episodes have no images of it\n" in capsys.readouterr().out
+    _, report = build.build(arm, arm.items(), good.parent / "pool", 1)
+    assert report.missing == {"wrist": 1}
     _, report = raw.convert(Arm(raw=str(good), min_views=2), good.parent / "strict")
     assert report.kept == 2 and report.skipped == {"fewer than 2 views": 1}
+
+
+def test_a_camera_that_no_episode_has_is_an_error(good, capsys, monkeypatch):
+    for name in "01":
+        (good / name / "wrist.mp4").unlink()
+    arm = Arm(raw=str(good))
+    message = "None of 2 episodes has images of wrist: complete the download, or leave"
+    with pytest.raises(UserError, match=f"{message}.* Delete .*/1.0.0.incomplete before"):
+        raw.convert(arm, good.parent / "out")
+    with pytest.raises(UserError, match=message):
+        build.dry_run(arm, arm.items(), 1)
+    assert "  wrist: 2 of 2 episodes have no images of it\n" in capsys.readouterr().out
+    monkeypatch.setattr(build, "SAMPLE_ITEMS", 1)
+    build.dry_run(arm, arm.items(), 1)  # Another than those of the sample may have it.
 
 
 @pytest.mark.parametrize(("lengths", "kind"), [
@@ -124,10 +143,10 @@ def test_lengths_that_differ_are_cut_and_counted(good, lengths, kind):
 
 
 @pytest.mark.parametrize(("fault", "error"), [
-    ({"frames": 3}, "ValueError: the lengths do not fit each other: {'states': 8, 'video': 3}"),
-    ({"nan": True}, "ValueError: 2: action must be finite .* found nan at step 3, dimension 0"),
-    ({"states": 0}, "ValueError: the lengths do not fit each other: {'states': 0, 'video': 8}"),
-    ({"text": b"caf\xe9"}, r"ValueError: an instruction is not UTF-8: b'caf\\xe9'"),
+    ({"frames": 3}, "UserError: the lengths do not fit each other: {'states': 8, 'video': 3}"),
+    ({"nan": True}, "UserError: 2: action must be finite .* found nan at step 3, dimension 0"),
+    ({"states": 0}, "UserError: the lengths do not fit each other: {'states': 0, 'video': 8}"),
+    ({"text": b"caf\xe9"}, r"UserError: an instruction is not UTF-8: b'caf\\xe9'"),
 ])
 def test_faults_that_make_an_episode_unreadable(good, fault, error):
     write(good / "2", **fault)
@@ -145,7 +164,7 @@ def test_files_that_are_missing_empty_or_damaged(good):
     _, report = converted(good)
     errors = {entry["item"]: entry["error"] for entry in report.unreadable}
     assert report.kept == 2 and sorted(errors) == ["2", "3", "4"]
-    assert re.match("FileNotFoundError: --raw=.* there is no .*/2/head.mp4; .*/2 has columns.npz, "
+    assert re.match("UserError: --raw=.* there is no .*/2/head.mp4; .*/2 has columns.npz, "
                     "text, wrist.mp4", errors["2"])
     assert re.match("VideoError: .*/3/head.mp4 is not a video", errors["3"])
     assert re.match("VideoError: .*/4/wrist.mp4 is not a video.*or is damaged", errors["4"])

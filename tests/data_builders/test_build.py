@@ -49,6 +49,40 @@ def test_two_workers_write_what_one_writes(tmp_path):
     assert not (one / "shards").exists()
 
 
+def test_a_build_killed_before_its_last_step_is_finished_by_the_next(tmp_path, monkeypatch):
+    builder, out = Toy(), tmp_path / "out"
+    replace = writer.os.replace
+
+    def killed(source, target):
+        if Path(target).name == "1.0.0":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(writer.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.build(builder, builder.items(), out, num_workers=1)
+    monkeypatch.undo()
+    unfinished = out / "1.0.0.incomplete"
+    assert (unfinished / "dataset_info.json").exists()
+    for path in out, unfinished:
+        with pytest.raises(UserError, match="an unfinished build"):
+            rlds.version_folder(path)
+    folder, _ = build.build(builder, builder.items(), out, num_workers=1)
+    assert rlds.version_folder(out) == folder and not unfinished.exists()
+
+
+def test_shards_of_an_unknown_build_are_refused(tmp_path):
+    builder, out = Toy(), tmp_path / "out"
+    folder = writer.open_folder(builder, builder.items(), out)
+    (shard, *_) = writer.plan_shards(builder, builder.items())
+    (folder / "shards" / "plan.json").unlink()
+    assert writer.open_folder(builder, builder.items(), out) == folder  # There was nothing.
+    writer.write_shard(builder, shard, folder)
+    (folder / "shards" / "plan.json").unlink()
+    with pytest.raises(UserError, match="holds shards, but no plan.json that says of which build"):
+        writer.open_folder(builder, builder.items(), out)
+
+
 def test_a_killed_build_continues_with_the_missing_shards(tmp_path):
     kill = tmp_path / "kill"
     kill.touch()

@@ -67,29 +67,29 @@ def calvin(folder, **options):
 
 def test_annotated_parts_are_read_back_as_clips(shared, tmp_path):
     out, report = raw.convert(calvin(shared), tmp_path / "out")
-    assert (report.kept, report.steps, report.notes, report.unreadable) == (4, 28, {}, [])
+    assert (report.kept, report.steps, report.notes, report.unreadable) == (4, 24, {}, [])
     clips = raw.clips(out, tuple(CAMERAS), fps=15, num_frames=3, chunk=3)
     episodes = clips.episodes
     assert [episodes.text("episode_id", i) for i in range(3)] == [
-        "training/0000003-0000012/lift the red block", "training/0000010-0000017/open the drawer",
-        "training/0000025-0000030/push the button"]
-    assert episodes.lengths.tolist() == [10, 8, 6], "both ends belong to a part"
+        "training/0000003-0000011/lift the red block", "training/0000010-0000016/open the drawer",
+        "training/0000025-0000029/push the button"]
+    assert episodes.lengths.tolist() == [9, 7, 5], "the end does not belong to a part"
     assert set(episodes.fps) == {30} and set(episodes[1].instruction) == {b"open the drawer"}
     clip = clips[5]  # Frame 8.
     assert [[raw.seen(image) for image in view] for view in clip["video"]] == [
-        [(8 + 2 * k, view) for k in range(3)] for view in range(2)]
+        [(frame, view) for frame in (8, 10, 11)] for view in range(2)]
     state, action = (raw.physical(clips, clip, name) for name in ("state", "action"))
     np.testing.assert_allclose(state, [8] * 14 + [0], atol=1e-4)
     np.testing.assert_allclose(
         action, [[0.5, 0, -0.25, 0, 0.5, 0, opens] for opens in (0, 0, 1)], atol=1e-4)
     assert episodes.units["action"] == ("0.02 m",) * 3 + ("0.05 rad",) * 3 + ("0 closed .. 1 open",)
-    assert raw.clips(out, ("static",), fps=30, split="val").episodes.lengths.tolist() == [4]
+    assert raw.clips(out, ("static",), fps=30, split="val").episodes.lengths.tolist() == [3]
 
 
 def test_changes_add_up_at_a_lower_rate(shared):
     made = raw_hdf5.built(calvin(shared, fps=10.0, cameras=("gripper",)))
     assert list(made.images) == ["gripper"] and made.camera_text == "a wrist view"
-    assert raw_hdf5.seen(made.images["gripper"]) == [(frame, 1) for frame in (3, 6, 9, 12)]
+    assert raw_hdf5.seen(made.images["gripper"]) == [(frame, 1) for frame in (3, 6, 9)]
     np.testing.assert_allclose(made.action[0], [1.5, 0, -0.75, 0, 1.5, 0, 0])
     assert made.action[2, 6] == 0 and made.fps == 10
 
@@ -97,9 +97,9 @@ def test_changes_add_up_at_a_lower_rate(shared):
 def test_what_no_text_covers_can_be_kept(shared, tmp_path):
     builder = calvin(shared, unlabelled="keep")
     training = [item[1:] for item in builder.items() if item[0] == "training"]
-    assert training[3:] == [(0, 2, ""), (18, 19, ""), (22, 24, ""), (31, 33, "")]
+    assert training[3:] == [(0, 2, ""), (17, 19, ""), (22, 24, ""), (30, 33, "")]
     _, report = raw.convert(builder, tmp_path / "out")
-    assert report.kept == 10 and report.steps == 28 + 11 + 2 + 4
+    assert report.kept == 10 and report.steps == 24 + 13 + 2 + 5
     made = raw_hdf5.built(builder, ("training", 22, 24, ""))
     assert made.instruction == "" and raw_hdf5.seen(made.images["static"])[0] == (22, 0)
 
@@ -165,7 +165,7 @@ def test_annotations_of_older_numpy_are_read(tmp_path):
     table = pickle.dumps(np.load(path, allow_pickle=True), 2)
     path.write_bytes(header + table.replace(b"numpy._core", b"numpy.core"))
     assert [item[1:] for item in calvin(tmp_path / "raw").items()][:2] == [
-        (3, 12, "lift the red block"), (10, 17, "open the drawer")]
+        (3, 11, "lift the red block"), (10, 16, "open the drawer")]
 
 
 def test_a_wrong_folder_is_named(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import raw
 
-from data_builders.droid.droid import ACTION, STATE, Builder
+from data_builders.droid.droid import ACTION, STATE, Builder, annotations
 from data_builders.droid.droid import CAMERAS as CAMERA_TEXTS
 from data_builders.open_x import open_x
 from data_builders.open_x.datasets import DATASETS
@@ -188,13 +188,17 @@ def test_video_that_ends_early_cuts_the_episode(builder, tmp_path):
 
 def test_a_camera_may_be_absent(builder, tmp_path):
     (tmp_path / "raw" / FIRST / "recordings" / "MP4" / "22008760.mp4").unlink()
-    folder, _ = raw.convert(builder, tmp_path / "out")
+    with pytest.raises(UserError, match="None of 1 episodes has images of agentview"):
+        raw.convert(builder, tmp_path / "one")
+    write(tmp_path / "raw", SECOND)
+    folder, report = raw.convert(builder, tmp_path / "out")
+    assert report.missing == {"agentview": 1}
     clips = raw.clips(folder, ("agentview", "side", "wrist"), fps=15)
     assert clips[0]["view_mask"].tolist() == [False, True, True]
     assert raw.seen(clips[0]["video"][1][0]) == (0, 2)
     assert clips.episodes.text("camera_layout", 0) == "side,wrist"
-    with pytest.raises(ValueError, match="1 skipped: fewer than 3 views"):
-        raw.convert(dataclasses.replace(builder, min_views=3), tmp_path / "all")
+    _, report = raw.convert(dataclasses.replace(builder, min_views=3), tmp_path / "all")
+    assert report.skipped == {"fewer than 3 views": 1} and report.missing == {}
 
 
 def test_incomplete_episodes_are_counted(builder, tmp_path):
@@ -228,3 +232,13 @@ def test_an_episode_without_steps_is_counted(builder, tmp_path):
 def test_wrong_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="has no <lab>/<success.failure>/<date>/<time>"):
         Builder(raw=str(tmp_path)).items()
+
+
+@pytest.mark.parametrize("newer", ["010125", "022924", "030824", "123124"])
+def test_the_newest_annotations_are_those_of_the_latest_day(tmp_path, newer):
+    names = {"030724": "old", "123123": "older", newer: "new"}
+    if newer == "022924":  # Earlier in the year.
+        names = {"123123": "old", newer: "new"}
+    for date, text in (names | {"copy": "no date"}).items():
+        (tmp_path / f"aggregated-annotations-{date}.json").write_text(json.dumps({"id": text}))
+    assert annotations(tmp_path) == {"id": "new"}

@@ -174,7 +174,7 @@ def test_broken_files_are_counted(builder, tmp_path):
     _, report = raw.convert(builder, tmp_path / "out")
     assert report.kept == 1
     errors = {entry["item"][-1]: entry["error"] for entry in report.unreadable}
-    assert "FileNotFoundError" in errors["0"] and "0.mp4" in errors["0"]
+    assert "UserError" in errors["0"] and "0.mp4" in errors["0"]
     assert "/transforms/leftThumbTip is missing" in errors["1"]
     assert "must be finite" in errors["2"] and "there is no" in errors["3"]
 

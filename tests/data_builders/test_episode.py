@@ -7,22 +7,8 @@ import numpy as np
 import pytest
 from raw import jpeg, picture, seen
 
-from data_builders import builder, episode, images
+from data_builders import builder, episode, images, language
 from jaxvp.errors import UserError
-
-
-@pytest.mark.parametrize(("text", "clean"), [
-    ("  pick  up\n the cup ", "pick up the cup"),
-    (b"r\xc3\xbchren", "r\u00fchren"),
-    (None, ""), ("", ""), ("None", ""), ("NaN", ""), ("null", ""), ("nanny", "nanny"),
-])
-def test_clean_text(text, clean):
-    assert episode.clean_text(text) == clean
-
-
-def test_text_that_is_not_utf8_is_an_error():
-    with pytest.raises(ValueError, match=r"an instruction is not UTF-8: b'caf\\xe9'"):
-        episode.clean_text(b"caf\xe9")
 
 
 @pytest.mark.parametrize(("length", "fps", "wanted", "steps"), [
@@ -33,6 +19,7 @@ def test_text_that_is_not_utf8_is_an_error():
     (8, 30, 20, [0, 2, 3, 5, 6]),
     (1, 30, 1, [0]),
     (30, 29.97, 9.99, [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
+    (9000, 30.002, 30, list(range(9000))),
 ])
 def test_resampled(length, fps, wanted, steps):
     found = episode.resampled(length, fps, wanted)
@@ -157,6 +144,10 @@ def test_filters():
     with pytest.raises(ValueError, match="the episode has no steps"):
         raw.admit(0, 10, 2)
     Raw(raw="x", failed="keep").admit(1, 10, 1, False)
+    ntsc = Raw(raw="x", min_seconds=128 / 29.97)  # 1e-6 more than 128 frames of it last.
+    ntsc.admit(128, 30000 / 1001, 1)
+    with pytest.raises(builder.Skip, match="shorter than 4.27094 s"):
+        ntsc.admit(127, 30000 / 1001, 1)
 
 
 def test_instructions():
@@ -168,6 +159,22 @@ def test_instructions():
         Raw(raw="x", unlabelled="keep").instruction(b"\xff")
 
 
+def test_a_step_without_an_instruction_is_no_episode_without():
+    texts = [None, b" go  on ", " ", "nan", "stop"]
+    for unlabelled in ("drop", "keep"):
+        made = Raw(raw="x", unlabelled=unlabelled).instructions(texts)
+        assert made == ["", "go on", "", "", "stop"]
+    with pytest.raises(builder.Skip, match="no instruction"):
+        Raw(raw="x").instructions([None, " ", b"None"])
+    assert Raw(raw="x", unlabelled="keep").instructions([None, " "]) == ["", ""]
+
+
+def test_of_several_instructions_an_empty_one_is_not_picked():
+    picked = {language.pick(["", "a", " b\n", None, b"c"], f"{number}") for number in range(40)}
+    assert picked == {"a", "b", "c"}
+    assert [language.pick(texts, "x") for texts in (None, (), [" "], "go ")] == ["", "", "", "go"]
+
+
 def test_kept_steps_and_rate():
     action = np.zeros((12, 2))
     action[6:, 0], action[:, 1] = 1e-3, 1.0
@@ -175,6 +182,8 @@ def test_kept_steps_and_rate():
     slow = Raw(raw="x", fps=10)
     assert slow.kept(12, 30, action, [True, False]).tolist() == [0, 3, 6, 9]
     assert (slow.rate(30), slow.rate(5), Raw(raw="x").rate(30)) == (10, 5, 30)
+    assert Raw(raw="x", fps=29.97).rate(30000 / 1001) == 30000 / 1001
+    assert Raw(raw="x", fps=29.97).rate(30) == 29.97
     still = Raw(raw="x", fps=10, noops="drop")
     assert still.kept(12, 30, action, [True, False]).tolist() == [6, 9]
     assert still.kept(12, 30).tolist() == [0, 3, 6, 9], "without actions nothing is known"

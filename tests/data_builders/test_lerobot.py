@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import raw
 import raw_lerobot
+from pyarrow import parquet
 from raw_lerobot import FEATURES, FPS, NAMES, TASKS, Episode
 
 from data_builders.builder import Skip
 from data_builders.lerobot.dataset import Dataset
-from data_builders.lerobot.lerobot import Builder
+from data_builders.lerobot.lerobot import Builder, _datasets
 from jaxvp.data import rlds
 from jaxvp.errors import UserError
 
@@ -117,6 +120,215 @@ def test_a_damaged_video_is_named(tmp_path):
     _, report = raw.convert(lerobot(root), tmp_path / "out")
     (entry,) = report.unreadable
     assert report.kept == 2 and str(path) in entry["error"]
+
+
+def change_table(path, change):
+    """Rewrites a parquet file; `change` is given its columns by name, lists, and changes them."""
+    _datasets.cache_clear()
+    columns = parquet.read_table(path, partitioning=None).to_pydict()
+    change(columns)
+    parquet.write_table(pa.table(columns), path)
+
+
+EPISODE_TABLE = "meta/episodes/chunk-000/file-000.parquet"
+VIDEO = "videos/observation.images.top"
+
+
+def shift(*seconds):
+    """Moves the times of the episodes, of the camera top."""
+    def change(columns):
+        for side in ("from", "to"):
+            name = f"{VIDEO}/{side}_timestamp"
+            columns[name] = [a + b for a, b in zip(columns[name], seconds, strict=True)]
+    return change
+
+
+def packed(folder, episodes, change=None):
+    """Format 3.0, whose last episode has files of its own."""
+    root = raw_lerobot.write(folder, "v3.0", episodes)
+    if change:
+        change_table(root / EPISODE_TABLE, change)
+    return root
+
+
+THREE = (Episode(6), Episode(5), Episode(7))
+
+
+@pytest.mark.parametrize("seconds", [(0.0, 0.04, 0.04), (0.0, 0.06, 0.11), (-0.07, 0.3, 0.8)])
+def test_times_that_drift_show_no_frame_of_another_episode(tmp_path, seconds):
+    root = packed(tmp_path / "raw", (*THREE, Episode(5)), shift(*seconds, 0.0))
+    builder = lerobot(root)
+    for number in range(3):
+        made = built(builder, (".", number))
+        assert steps_seen(made.images["top"]) == [
+            (10 * number + step, 0) for step in range(THREE[number].length)]
+        drifts = abs(seconds[number]) > 0.05
+        assert made.notes == (("times of videos drift: frames are counted instead",) * drifts)
+
+
+def test_a_short_video_does_not_shift_those_that_follow(tmp_path):
+    """Nor when the frames that it lacks are another's, and times drift."""
+    episodes = (Episode(8, frames={"top": 6}), Episode(5, frames={"top": 7}), *THREE[2:],
+                Episode(5))
+    for name, seconds in ("exact", (0.0,) * 4), ("drift", (0.0, 0.03, 0.06, 0.0)):
+        builder = lerobot(packed(tmp_path / name, episodes, shift(*seconds)))
+        for number, length in enumerate((6, 5, 7)):
+            made = built(builder, (".", number))
+            assert steps_seen(made.images["top"]) == [
+                (10 * number + step, 0) for step in range(length)]
+            assert steps_seen(made.images["wrist"])[-1] == (10 * number + length - 1, 1)
+
+
+def drop_first(columns):
+    for name in columns:
+        del columns[name][0]
+
+
+def test_frames_that_no_episode_has(tmp_path):
+    """Of an episode that the table lacks: the times of the others count, if they fit."""
+    root = packed(tmp_path / "exact", (*THREE, Episode(5)), drop_first)
+    for number, length in ((1, 5), (2, 7)):
+        made = built(lerobot(root), (".", number))
+        assert steps_seen(made.images["top"]) == [
+            (10 * number + step, 0) for step in range(length)]
+        assert not made.notes
+    change_table(root / EPISODE_TABLE, shift(0.04, 0.0, 0.0))
+    with pytest.raises(UserError, match="top/chunk-000/file-000.mp4: the table has episode 1 from "
+                       "0.64 to 1.14 s, which does not fit its 5 rows, nor do the 2 episodes of "
+                       "this file fill its 18 frames"):
+        built(lerobot(root), (".", 1))
+    assert steps_seen(built(lerobot(root), (".", 2)).images["top"])[0] == (20, 0)
+    root = packed(tmp_path / "longer", (*THREE, Episode(5)), drop_first)
+    change_table(root / EPISODE_TABLE, lambda columns: columns.update(length=[5, 8, 5]))
+    with pytest.raises(UserError, match="episode 2 from 1.1 to 1.8 s, which does not fit its 8 ro"):
+        built(lerobot(root), (".", 2))
+
+
+def test_a_packed_video_of_another_rate(tmp_path):
+    root = packed(tmp_path / "raw", THREE)
+    path = root / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 2 * FPS}))
+    with pytest.raises(UserError, match="file-000.mp4 has 10 frames per second, info.json says 20"):
+        built(lerobot(root))
+    _datasets.cache_clear()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 1.002 * FPS}))
+    made = built(lerobot(root), (".", 1))
+    assert steps_seen(made.images["top"])[-1] == (14, 0)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_cameras_whose_videos_are_missing_are_counted(tmp_path, version):
+    """The last episode has a file of its own in both formats."""
+    root = raw_lerobot.write(tmp_path / "raw", version, EPISODES)
+    files = sorted(root.glob("videos/**/*.mp4"))
+    wrist = [file for file in files if "wrist" in str(file)]
+    wrist[-1].unlink()
+    folder, report = raw.convert(lerobot(root), tmp_path / "out")
+    assert (report.kept, report.missing, report.unreadable) == (3, {"wrist": 1}, [])
+    saved = json.loads((folder / "build_report.json").read_text())
+    assert saved["missing"] == {"wrist": 1}
+    for file in wrist[:-1]:
+        file.unlink()
+    with pytest.raises(UserError, match="raw: no episode has a video of the camera wrist: compl"):
+        lerobot(root).items()
+    _, report = raw.convert(lerobot(root, cameras=("top",)), tmp_path / "top")
+    assert (report.kept, report.missing) == (3, {})
+
+
+def as_floats(columns):
+    """As pandas writes a table of which a number is absent."""
+    for name, values in columns.items():
+        if isinstance(values[0], int) and not isinstance(values[0], bool):
+            columns[name] = [np.nan if value is None else float(value) for value in values]
+
+
+def test_tables_of_floats_and_nan(tmp_path):
+    root = packed(tmp_path / "raw", (*EPISODES, Episode(5)))
+    for path in root.glob("**/*.parquet"):
+        change_table(path, as_floats)
+
+    def blind(columns):
+        for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"):
+            columns[f"{VIDEO}/{name}"][3] = np.nan
+    change_table(root / EPISODE_TABLE, blind)
+
+    def unlabelled(columns):
+        columns["task_index"][8] = np.nan
+    change_table(root / "data/chunk-000/file-000.parquet", unlabelled)
+    builder = lerobot(root)
+    assert builder.items() == [(".", number) for number in range(4)]
+    for number, episode in enumerate(EPISODES):
+        made = built(builder, (".", number))
+        assert steps_seen(made.images["top"]) == [
+            (10 * number + step, 0) for step in range(episode.length)]
+        texts = [TASKS[task] for task in episode.tasks()]
+        texts[1:2] = [""] if number == 1 else texts[1:2]
+        assert made.instruction == texts
+    assert list(built(builder, (".", 3)).images) == ["wrist"]
+    _, report = raw.convert(builder, tmp_path / "out")
+    assert (report.kept, report.missing, report.unreadable) == (4, {"top": 1}, [])
+    assert report.notes == {"some steps have no instruction": 1}
+
+
+def test_numbers_that_are_none(tmp_path):
+    root = packed(tmp_path / "half", THREE,
+                  lambda columns: columns.update({"data/file_index": [0.5, 0.0, 1.0]}))
+    with pytest.raises(UserError, match="data/file_index of an episode must be a whole number, fo"
+                       "und 0.5"):
+        lerobot(root).items()
+    root = packed(tmp_path / "none", THREE,
+                  lambda columns: columns.update({"data/file_index": [np.nan, 0.0, 1.0]}))
+    with pytest.raises(UserError, match="not say in which file of data episode 0 is"):
+        built(lerobot(root))
+    root = packed(tmp_path / "number", THREE,
+                  lambda columns: columns.update(episode_index=[np.nan, 1.0, 2.0]))
+    with pytest.raises(UserError, match="an episode in meta has no episode_index"):
+        lerobot(root).items()
+
+    def hole(columns):
+        columns["action"][2] = None
+    root = packed(tmp_path / "action", THREE)
+    change_table(root / "data/chunk-000/file-000.parquet", hole)
+    _, report = raw.convert(lerobot(root), tmp_path / "out")
+    assert report.kept == 2
+    assert "action must be finite" in report.unreadable[0]["error"]
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_task_that_the_table_lacks(tmp_path, version):
+    root = raw_lerobot.write(tmp_path / "raw", version, EPISODES)
+    if version == "v3.0":
+        change_table(root / "meta/tasks.parquet", lambda columns: columns.update(task_index=[0, 7]))
+    else:
+        lines = (root / "meta/tasks.jsonl").read_text()
+        (root / "meta/tasks.jsonl").write_text(lines.replace(': 1', ': 7.0'))
+    _, report = raw.convert(lerobot(root), tmp_path / "out")
+    assert report.kept == 1 and [entry["item"] for entry in report.unreadable] == [
+        "('.', 1)", "('.', 2)"]
+    assert re.search("UserError: .*/meta/tasks.(jsonl|parquet) has no task 1, only 0, 7.",
+                     report.unreadable[0]["error"])
+
+
+def test_a_recording_that_was_never_finalized(tmp_path):
+    root = packed(tmp_path / "raw", THREE)
+    data = root / "data/chunk-000/file-000.parquet"
+    whole = data.read_bytes()
+    for cut in (b"", whole[:4], whole[:-300]):
+        data.write_bytes(cut)
+        with pytest.raises(UserError, match="file-000.parquet: .*recording is finalized.* never w"):
+            built(lerobot(root))
+    table = root / EPISODE_TABLE
+    _datasets.cache_clear()
+    table.write_bytes(table.read_bytes()[:-300])
+    with pytest.raises(UserError, match="file-000.parquet: .*recording is finalized.* never was"):
+        lerobot(root).items()
+    table.unlink()
+    with pytest.raises(UserError, match=r"raw: meta has no episodes. .*dataset.finalize\(\).* nev"):
+        lerobot(root).items()
+    root = raw_lerobot.write(tmp_path / "old", "v2.1", THREE)
+    (root / "meta/episodes.jsonl").write_text("")
+    with pytest.raises(UserError, match="old: meta has no episodes. Is the download complete"):
+        lerobot(root).items()
 
 
 @pytest.mark.parametrize(("names", "expected"), [
@@ -239,7 +451,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="episode_000001.parquet: .*nothing_here"):
         built(lerobot(root, task_column="nothing_here"), (".", 1))
     (root / "data" / "chunk-000" / "episode_000001.parquet").unlink()
-    with pytest.raises(UserError, match="episode_000001.parquet"):
+    with pytest.raises(FileNotFoundError, match="episode_000001.parquet"):
         built(lerobot(root), (".", 1))
     wide = {"dtype": "float32", "shape": [5], "names": None}
     root = raw_lerobot.write(tmp_path / "wide", "v2.1", EPISODES[:1])
@@ -260,3 +472,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "bad" / "meta" / "info.json").write_text("{")
     with pytest.raises(ValueError, match="info.json is not JSON"):
         lerobot(tmp_path / "bad").items()
+    for text in ("[]", "{}", '{"fps": 10}'):
+        (tmp_path / "bad" / "meta" / "info.json").write_text(text)
+        with pytest.raises(UserError, match="info.json must have features and fps"):
+            lerobot(tmp_path / "bad").items()

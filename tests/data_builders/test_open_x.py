@@ -69,15 +69,17 @@ def test_bridge_v2_is_relabelled_and_black_cameras_are_missing(tmp_path):
     values = {"action": lambda step: [9.0 * (step > 0)] * 6 + [grippers[step]],
               "observation/state": bridge_state, "language_instruction": "put the pot in the sink",
               "observation/image_2": BLACK, "observation/image_3": BLACK}
-    folder = one_file(tmp_path, "bridge_dataset", values, length=6, version="1.0.0")
+    whole = {name: value for name, value in values.items() if "image" not in name}
+    folder = one_file(tmp_path, "bridge_dataset", values, whole, length=6, version="1.0.0")
     settings = small(folder)
     found, report = trip(tmp_path, folder, "side")
-    assert report.kept == 1
+    assert report.kept == 2 and report.missing == {"side_2": 1, "wrist": 1}
     assert found.episodes.text("camera_layout", 0) == "agentview,side"
     text = found.episodes.text("camera_text", 0)
     assert text == "a third-person view, a view from the side"
     assert found.episodes.cameras == ("agentview", "side", "side_2", "wrist")
-    assert len(found) == 4, "the first step is without motion, the last without a next state"
+    # The first step is without motion, the last without a next state.
+    assert found.episodes.lengths[0] == 4
     assert frames(found, 0) == [(1, 1), (2, 1), (3, 1), (4, 1)]
     action = found.episodes[0].action
     np.testing.assert_allclose(action[:, 0], [0.03, 0.05, 0.07, 0.09], atol=1e-6)
@@ -90,6 +92,20 @@ def test_bridge_v2_is_relabelled_and_black_cameras_are_missing(tmp_path):
         build(small(folder, min_views=3))
     assert settings.view_names(DATASETS["bridge_dataset"].cameras) == (
         "agentview", "side", "side_2", "wrist")
+
+
+def test_a_step_without_a_text_does_not_cost_the_episode(tmp_path):
+    """Nor does a text of white space hide the next key's."""
+    texts = {"observation/natural_language_instruction": lambda step: ["", "go  left"][step > 1]}
+    folder = one_file(tmp_path, "fractal20220817_data", texts)
+    found, report = trip(tmp_path, folder)
+    assert report.kept == 1 and report.notes == {"some steps have no instruction": 1}
+    assert found.episodes[0].instruction == [b"", b"", b"go left", b"go left"]
+    several = {"language_instruction": " ", "language_instruction_2": b"None",
+               "language_instruction_3": "open it ",
+               "episode_metadata/file_path": "lab/success/1"}
+    made = build(small(one_file(tmp_path / "droid", "droid", several)))
+    assert set(made.instruction) == {"open it"}
 
 
 def test_bridge_v2_keeps_a_first_step_that_moves(tmp_path):

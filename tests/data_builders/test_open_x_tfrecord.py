@@ -73,7 +73,7 @@ def test_episodes_that_cannot_be_read_are_named(tmp_path):
                  {"observation/state": [1, 2, np.inf, 4]})
     _, report = convert(small(folder), tmp_path / "out")
     assert report.kept == 1
-    file = "ValueError: cmu_stretch-train.tfrecord-00000-of-00001"
+    file = "UserError: cmu_stretch-train.tfrecord-00000-of-00001"
     assert [entry["error"] for entry in report.unreadable] == [
         f"{file}, record 1: {len(images.encode_jpeg(BLACK)) - 9} bytes are not a whole image",
         f"{file}, record 2: action has numbers that are not finite",

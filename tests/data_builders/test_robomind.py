@@ -173,6 +173,15 @@ def test_the_summary_stands_in_for_a_task_that_the_table_lacks(folder, tmp_path)
     assert report.kept == 1 and report.skipped == {"no instruction": 1}
 
 
+def test_a_part_without_a_text_does_not_cost_the_episode(folder):
+    write(folder, "ur_1rgb", "0000", task="new_task")
+    path = folder / "language_description_annotation_json" / "h5_ur_1rgb.json"
+    name = "h5_ur_1rgb/new_task/success_episodes/train/0000/data"
+    path.write_text(json.dumps([{"id": name, "response": TEXTS | {"task_summary": " "}}]))
+    assert raw_hdf5.built(robomind(folder, "ur_1rgb")).instruction == (
+        ["reach"] * 5 + ["grasp it"] * 4 + [""] * 2)
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_episodes_with_two_cameras(folder, tmp_path, empty):
     write(folder, "franka_3rgb", "0000", missing=("camera_top",))

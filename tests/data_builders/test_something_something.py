@@ -103,7 +103,7 @@ def test_short_absent_and_damaged_clips_are_counted(builder, tmp_path):
     assert report.kept == 1 and report.skipped == {"no instruction": 1}
     damaged, absent = sorted(report.unreadable, key=lambda entry: entry["error"], reverse=True)
     assert "74225.webm is not a video" in damaged["error"]
-    assert absent["error"].startswith("FileNotFoundError") and "78687.webm" in absent["error"]
+    assert absent["error"].startswith("UserError") and "78687.webm" in absent["error"]
     short = dataclasses.replace(builder, min_seconds=1.7)
     with pytest.raises(ValueError, match="1 skipped: shorter than 1.7 s"):
         raw.convert(short, tmp_path / "short")

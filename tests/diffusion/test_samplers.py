@@ -89,6 +89,25 @@ def test_schedule():
         samplers.sigmas(0)
 
 
+def test_integer_timesteps_are_those_of_the_pipeline():
+    """Six steps of shift 5, as diffusers' UniPC hands them to the transformer."""
+    golden = np.load(Path(__file__).parents[1] / "golden/pipeline.npz")["timesteps"]
+    assert golden.tolist() == [999, 961, 909, 833, 714, 501]
+    timesteps = samplers.integer_timestep(samplers.sigmas(6, 5.0)[:-1])
+    assert timesteps.tolist() == golden.tolist() and timesteps.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_integer_timesteps_are_truncated_in_float64(shift):
+    """By diffusers' formula, for every number of steps that anybody takes."""
+    for steps in range(1, 101):
+        sigma = np.linspace(1, 1 / 1000, steps + 1)[:-1]
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        sigma[0] -= 1e-6
+        found = samplers.integer_timestep(samplers.sigmas(steps, shift)[:-1])
+        assert found.tolist() == (1000 * sigma).astype(np.int64).tolist()
+
+
 def test_guidance_scales():
     c, u = jnp.float32(3.0), jnp.float32(1.0)
     assert samplers.guided(c, u, 1.0) == c and samplers.guided(c, u, 2.0) == 5.0

@@ -115,9 +115,17 @@ def test_wrong_settings(settings, message, tmp_path):
         evaluate.make_plan(Settings(**{"policy": "expert", "out": str(tmp_path), **settings}))
 
 
+def test_rates_are_the_same_within_a_tolerance(tmp_path):
+    """A rate came through float32, or is 30000/1001 here and 29.97 there."""
+    manifest = toy_bundle.manifest(fps=10.00001, format_version=1)
+    (tmp_path / "policy.json").write_text(json.dumps(manifest))
+    evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"robot": "aloha"}, "robot: the bundle has aloha, the suite tabletop"),
     ({"fps": 20.0}, "actions per second: the bundle has 20.0, the suite 10.0"),
+    ({"fps": 10.01}, "actions per second: the bundle has 10.01, the suite 10.0"),
     ({"cameras": ["front", None, None]}, "cameras that are absent: .*front"),
     ({"action": {**toy_bundle.statistics(), "units": ["mm"] * 8}}, "actions: .*left_x \\[mm\\]"),
     ({"state": {**toy_bundle.statistics(), "names": list("abcdefgh")}}, "state: .*'a \\[m\\]'"),

@@ -14,12 +14,13 @@ FOLDER = Path(__file__).resolve().parent
 
 def main():
     sys.path.insert(0, str(FOLDER))
+    import pipeline
     import trajectory
     import transformer
     import umt5
     import vae
 
-    for piece in (transformer, vae, umt5, trajectory):
+    for piece in (transformer, vae, umt5, trajectory, pipeline):
         piece.make(FOLDER)
         print(piece.__name__, "done")
 

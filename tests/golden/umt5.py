@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+OTHER = {"relative_attention_max_distance": 40, "layer_norm_epsilon": 0.1}
 TEXTS = (
     "",
     "pick up the red block",
@@ -16,10 +17,11 @@ TEXTS = (
 
 
 def make(folder: Path):
-    """Writes umt5.npz and umt5_tokenizer.npz.
+    """Writes umt5.npz, umt5_config.npz and umt5_tokenizer.npz.
 
     umt5.npz: `tokens` int32[2, 160] (the second text is short), `output` float32[2, 160, 32] with
     padded rows as the model leaves them, and the weights under transformers' names.
+    umt5_config.npz: `output` of the same weights with OTHER in their config.
     umt5_tokenizer.npz: `model` (bytes of a sentencepiece model), and of text i in TEXTS `clean_i`
     as diffusers' Wan pipeline cleans it and `tokens_i`, which transformers makes of that.
     """
@@ -37,9 +39,13 @@ def make(folder: Path):
         tokens = torch.randint(1, 64, (2, 160), generator=generator)
         tokens[1, 7:] = 0
         output = model(tokens, attention_mask=(tokens > 0).long()).last_hidden_state
+        other = UMT5EncoderModel(UMT5Config(**config.to_dict() | OTHER)).eval()
+        other.load_state_dict(model.state_dict())
+        other = other(tokens, attention_mask=(tokens > 0).long()).last_hidden_state
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     np.savez_compressed(folder / "umt5.npz", tokens=tokens.numpy().astype(np.int32),
                         output=output.numpy(), **weights)
+    np.savez_compressed(folder / "umt5_config.npz", output=other.numpy())
     np.savez_compressed(folder / "umt5_tokenizer.npz", **_tokenizer())
 
 

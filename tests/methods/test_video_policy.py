@@ -1,16 +1,22 @@
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import pretrain
 from jaxvp.data import text_embeddings
 from jaxvp.data.clips import ClipSpec
-from jaxvp.methods import base
+from jaxvp.methods import base, video_policy
 from jaxvp.methods.video_policy import VideoPolicy
+from jaxvp.models.transformer import VideoTransformer
+from jaxvp.models.wan_vae import WanVAE
+from jaxvp.weights import streaming
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=3, fps=2.0, chunk=4,
                 height=16, width=16, text_length=16, action_size=2, state_size=2)
 SIZES = dict(video=dict(width=16, layers=2, heads=2, ffn=32), text=dict(width=8, heads=2),
@@ -211,6 +217,77 @@ def test_wans_autoencoder_and_embedded_text():
     keys = jax.random.split(jax.random.key(5), 2)
     video = jax.jit(method.imagine)(params, observation_of(clip), keys)
     assert video.shape == (2, 5, 48, 32, 3) and video.dtype == jnp.uint8
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """What diffusers' pipeline made with a tiny Wan, that model as a method, and its weights."""
+    golden = dict(np.load(GOLDEN / "pipeline.npz"))
+    weights = {k.removeprefix("weights/"): x for k, x in golden.items() if "weights/" in k}
+    folder = tmp_path_factory.mktemp("wan")
+    streaming.write_file(folder / "model.safetensors",
+                         {k: (x.shape, x.dtype) for k, x in weights.items()}, weights.get)
+    (folder / "config.json").write_text(str(golden["config"]))
+    spec = ClipSpec(cameras=("agentview",), num_frames=9, fps=2.0, chunk=4, height=32, width=48,
+                    text_length=5, text_width=8, action_size=2, state_size=2)
+    method = VideoPolicy(
+        spec=spec, layout="single", codec={"name": "wan"}, taps=(0,), prediction="velocity",
+        video=dict(width=24, layers=2, heads=2, ffn=32, frequency_width=32, epsilon=0.01),
+        head=SIZES["head"], timesteps="integer", sampler="unipc", video_steps=6, shift=5.0,
+        guidance=3.0)
+    video, _ = method.load("video", folder, None)
+    return golden, method, {"video": video, "text": {"empty": golden["empty"][0]}}, folder
+
+
+def imagined(golden, method, params, monkeypatch):
+    """Latents of the method from the pipeline's noise, picture and texts."""
+    monkeypatch.setattr(video_policy, "_rows", lambda keys, shape: jnp.asarray(golden["noise"]))
+    monkeypatch.setattr(WanVAE, "decode", lambda self, params, latents: latents)
+    observation = {"latents": golden["noise"][:, :1], "text": golden["text"]}
+    return jax.jit(method.imagine)(params, observation, jax.random.split(jax.random.key(0), 1))
+
+
+def test_latents_are_those_of_the_pipeline(pipeline, monkeypatch):
+    """The same weights, noise, picture, texts, steps, shift and guidance."""
+    golden, method, params, _ = pipeline
+    expected = golden["latents"]
+    latents = imagined(golden, method, params, monkeypatch)
+    assert np.linalg.norm(latents - expected) < 1e-5 * np.linalg.norm(expected)
+    method = dataclasses.replace(method, timesteps="continuous")
+    other = imagined(golden, method, params, monkeypatch)
+    assert np.linalg.norm(other - expected) > 1e-3 * np.linalg.norm(expected)
+
+
+def test_training_tells_of_sigma_as_sampling_does(pipeline, monkeypatch):
+    golden, method, params, _ = pipeline
+    seen = []
+    monkeypatch.setattr(VideoTransformer, "__call__",
+                        lambda self, params, latents, timestep, *rest: (
+                            seen.append(timestep), (latents, {0: None}))[1])
+    sigma = jnp.array([0.0, 0.2345, 0.9999, 1.0])
+    first = jnp.zeros((4, 1, 4, 6, 16))
+    for name, values in (("integer", [0, 234, 999, 999]),
+                         ("continuous", [0, 234.5, 999.9, 1000])):
+        made = dataclasses.replace(method, timesteps=name)
+        made._video(params, first, jnp.zeros((4, 3, 4, 6, 16)), sigma, None)
+        assert seen[-1].shape == (4, 3) and not seen[-1][:, 0].any()
+        np.testing.assert_allclose(seen[-1][:, 1:], np.repeat(np.array(values)[:, None], 2, 1),
+                                   rtol=1e-6)
+
+
+def test_weights_that_do_not_fit_say_which_config_does(pipeline):
+    """The default config is not of Wan's size: `--config.pretrained.video` alone is no way."""
+    config = pretrain.get_config()
+    config.pretrained.video = str(pipeline[-1])
+    options = {k: v for k, v in config.method.to_dict().items() if k != "name"}
+    method = VideoPolicy(spec=SPEC, layout="bimanual", **options)
+    with pytest.raises(ValueError, match=r"^config.pretrained.video: .* has channels 16, .* the "
+                                         "model channels 48.*configs/pretrain.py:wan-1.3b"):
+        method.load("video", config.pretrained.video, None)
+    method = dataclasses.replace(METHOD, video={"size": "wan-7m"})
+    with pytest.raises(ValueError, match="config.pretrained.video: .*what fits is") as error:
+        method.load("video", config.pretrained.video, None)
+    assert "configs/" not in str(error.value)
 
 
 def test_dropped_text_is_the_empty_one(tmp_path):

@@ -1,5 +1,6 @@
 """UMT5's encoder against transformers, and what only jaxvp does."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvp.errors import UserError
 from jaxvp.models.umt5 import UMT5Encoder, relative_buckets
 from jaxvp.weights import umt5
 from jaxvp.weights.streaming import Tensors, write_file
@@ -46,6 +48,34 @@ def test_output_is_that_of_transformers(tmp_path, spelling):
     assert output.dtype == jnp.float32
     np.testing.assert_allclose(output[THERE], OUTPUT[THERE], atol=2e-5)
     assert not output[~THERE].any()
+
+
+OTHER = {"relative_attention_max_distance": 40, "layer_norm_epsilon": 0.1}
+
+
+def test_output_is_that_of_transformers_with_another_config(tmp_path):
+    """What no shape tells, and another digest, by which embeddings of the two are told apart."""
+    published = umt5.digest(Tensors(write(tmp_path, GOLDEN)))
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}))
+    assert umt5.digest(Tensors(tmp_path)) == published
+    (tmp_path / "config.json").write_text(json.dumps(OTHER))
+    encoder, params, _ = umt5.read(tmp_path, jnp.float32)
+    assert (encoder.max_distance, encoder.epsilon) == (40, 0.1)
+    expected = np.load(Path(__file__).parents[1] / "golden/umt5_config.npz")["output"]
+    np.testing.assert_allclose(jax.jit(encoder)(params, TOKENS)[THERE], expected[THERE], atol=2e-5)
+    assert umt5.digest(Tensors(tmp_path)) != published
+
+
+@pytest.mark.parametrize("said, message", [
+    ({"feed_forward_proj": "relu"}, "feed_forward_proj 'relu'; expected 'gated-gelu'"),
+    ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon 'small'; expected a positive number"),
+])
+def test_a_config_of_another_encoder_is_refused(tmp_path, said, message):
+    write(tmp_path, GOLDEN)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"config.json says {message}"):
+        umt5.read(tmp_path)
 
 
 def test_padding_changes_nothing(tmp_path):

@@ -81,6 +81,13 @@ def test_batch():
     assert batch["view_mask"].all() and batch["state_mask"].all()
 
 
+def test_white_space_in_an_instruction_makes_no_other_tokens():
+    policy = runner(Bundle())
+    ragged, clean = (policy.batch([observation(instruction=text)])["text"]
+                     for text in (" lift  the\ttray\n", "lift the tray"))
+    np.testing.assert_array_equal(ragged, clean)
+
+
 def test_images_of_another_size():
     images = {"head": np.repeat([[[0], [200]]], 64, 0).repeat(32, 1).repeat(3, 2).astype(np.uint8)}
     video = runner(Bundle()).batch([observation(images=images)])["video"][0, 0, 0]

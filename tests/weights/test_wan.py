@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from configs import pretrain
 from jaxvp import checkpoint, rules, sharding, step
 from jaxvp.config import build
 from jaxvp.data.clips import ClipSpec
+from jaxvp.errors import UserError
 from jaxvp.models.attention import rope_table, rotate
 from jaxvp.models.transformer import SIZES, WAN_RULES, VideoTransformer, unpatchify
 from jaxvp.weights import streaming, wan
@@ -26,10 +28,12 @@ CONFIG = json.loads(str(GOLDEN["config"]))
 MODEL = VideoTransformer(channels=4, width=24, layers=2, heads=2, ffn=32, text_width=16)
 
 
-def write(folder, weights, name="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    streaming.write_file(folder / name, {key: (x.shape, x.dtype) for key, x in weights.items()},
+def write(folder, weights, config=CONFIG):
+    folder.mkdir(exist_ok=True, parents=True)
+    streaming.write_file(folder / "model.safetensors",
+                         {key: (x.shape, x.dtype) for key, x in weights.items()},
                          weights.__getitem__)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -90,8 +94,6 @@ def test_both_spellings_give_the_same_parameters(params, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_sharded_over_eight_devices_is_exact(mesh, tmp_path, dtype):
     weights = {key: x.astype(dtype) for key, x in WEIGHTS.items()}
-    write(tmp_path / "pipeline", {"text": np.ones(1, np.float32)}, "unrelated.txt")
-    (tmp_path / "pipeline").joinpath("transformer").mkdir()
     write(tmp_path / "pipeline" / "transformer", weights)
     abstract = sharded(mesh, dtype)
     params, _ = wan.load(tmp_path / "pipeline", MODEL, abstract)
@@ -109,12 +111,108 @@ def test_round_trip_sharded_over_eight_devices_is_exact(mesh, tmp_path, dtype):
 
 def test_weights_of_another_size_are_named(tmp_path):
     folder = write(tmp_path / "tiny", WEIGHTS)
-    wider = VideoTransformer(**{**vars(MODEL), "width": 32})
+    wider = dataclasses.replace(MODEL, width=32)
     with pytest.raises(ValueError, match="has width 24, the model width 32: what fits is channels"):
         wan.load(folder, wider)
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
-    with pytest.raises(ValueError, match="has heads 4, the model heads 2"):
+    with pytest.raises(ValueError, match="has heads 2, the model heads 4: what fits .* heads=2"):
+        wan.load(folder, dataclasses.replace(MODEL, heads=4))
+
+
+def test_what_shapes_do_not_tell_is_read_from_the_config(tmp_path):
+    """Another number of heads, and another epsilon, would load and be wrong."""
+    folder = write(tmp_path / "tiny", WEIGHTS, CONFIG | {"eps": 1e-5})
+    with pytest.raises(UserError, match="epsilon 1e-05, the model epsilon 1e-06: .*epsilon=1e-05"):
         wan.load(folder, MODEL)
+    model = dataclasses.replace(MODEL, epsilon=1e-5)
+    params, _ = wan.load(folder, model)
+    wan.save(params, model, tmp_path / "out")
+    assert wan.stored_sizes(streaming.Tensors(tmp_path / "out")) == {
+        "channels": 4, "patch": (1, 2, 2), "width": 24, "layers": 2, "ffn": 32, "text_width": 16,
+        "frequency_width": 256, "heads": 2, "epsilon": 1e-5}
+    # Wan's own spelling of the config.
+    own = {"_class_name": "WanModel", "dim": 24, "num_heads": 3, "in_dim": 4, "model_type": "t2v"}
+    with pytest.raises(UserError, match="has heads 3, the model heads 2"):
+        wan.load(write(tmp_path / "own", ORIGINAL, own), MODEL)
+
+
+@pytest.mark.parametrize("said, message", [
+    ({"num_attention_heads": "2"}, "num_attention_heads '2'; expected a positive number"),
+    ({"num_attention_heads": 4}, "attention_head_dim 12; expected 6.0"),
+    ({"eps": -1}, "eps -1; expected a positive number"),
+    ({"num_layers": 30}, "num_layers 30; expected 2"),
+    ({"in_channels": 16}, "in_channels 16; expected 4"),
+    ({"window_size": [12, 12]}, r"window_size \[12, 12\]; expected \[-1, -1\]"),
+    ({"qk_norm": "rms_norm"}, "qk_norm 'rms_norm'; expected 'rms_norm_across_heads' or True"),
+    ({"_class_name": "CausalWanModel"}, "_class_name 'CausalWanModel'; expected 'WanTransformer3D"),
+])
+def test_a_config_of_another_model_is_refused(tmp_path, said, message):
+    with pytest.raises(UserError, match=f"config.json says {message}"):
+        wan.load(write(tmp_path / "tiny", WEIGHTS, CONFIG | said), MODEL)
+
+
+def test_a_config_that_is_none_is_refused(tmp_path):
+    folder = write(tmp_path / "tiny", WEIGHTS)
+    for text, message in (("{", "is not JSON"), ("[]", "holds a list, expected a JSON object")):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"config.json {message}"):
+            wan.load(folder, MODEL)
+
+
+def test_without_a_config_the_number_of_heads_must_be_known(tmp_path):
+    folder = write(tmp_path / "tiny", WEIGHTS)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json that says num_attention_heads.*wan-1.3b"):
+        wan.load(folder, MODEL)
+    small = VideoTransformer(**SIZES["wan-7m"])
+    params = jax.eval_shape(small.init, jax.random.key(0))
+    wan.save(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params), small, tmp_path / "7m")
+    (tmp_path / "7m" / "config.json").unlink()
+    wan.load(tmp_path / "7m", small)
+    with pytest.raises(UserError, match="heads 4, the model heads 2: what fits is size='wan-7m'"):
+        wan.load(tmp_path / "7m", dataclasses.replace(small, heads=2))
+    with pytest.raises(UserError, match="epsilon 1e-06, the model epsilon 1e-05"):
+        wan.load(tmp_path / "7m", dataclasses.replace(small, epsilon=1e-5))
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, ORIGINAL], ids=["diffusers", "original"])
+def test_image_to_video_weights_are_called_what_they_are(tmp_path, weights):
+    kernel = weights["patch_embedding.weight"]
+    wide = weights | {"patch_embedding.weight": np.tile(kernel, (1, 9, 1, 1, 1))}
+    with pytest.raises(UserError, match="has 36 channels in and 4 out: weights that take an image"):
+        wan.load(write(tmp_path / "i2v", wide), MODEL)
+    name = "condition_embedder.image_embedder.ff.net.0.proj.weight" \
+        if weights is WEIGHTS else "img_emb.proj.1.weight"
+    image = weights | {name: np.ones(2, np.float32)}
+    with pytest.raises(UserError, match=f"has {name}: weights that take .* not supported"):
+        wan.load(write(tmp_path / "image", image), MODEL)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_of_two_transformers_one_must_be_named(tmp_path, partial):
+    """Wan 2.2 A14B: one transformer for high noise, another for low noise."""
+    for name in ("transformer", "transformer_2"):
+        write(tmp_path / name, WEIGHTS)
+    if partial:  # Only what model_index.json says remains of the second.
+        for file in (tmp_path / "transformer_2").iterdir():
+            file.unlink()
+        (tmp_path / "transformer_2").rmdir()
+        (tmp_path / "model_index.json").write_text(
+            '{"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]}')
+    with pytest.raises(UserError, match="two transformers .*/transformer or .*/transformer_2"):
+        wan.load(tmp_path, MODEL)
+    wan.load(tmp_path / "transformer", MODEL)
+
+
+def test_a_pipeline_that_predicts_something_else_is_refused(tmp_path):
+    write(tmp_path / "transformer", WEIGHTS)
+    (tmp_path / "model_index.json").write_text('{"transformer_2": [null, null]}')
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text('{"prediction_type": "flow_prediction", "num_train_timesteps": 1000}')
+    wan.load(tmp_path, MODEL)
+    scheduler.write_text('{"prediction_type": "epsilon"}')
+    with pytest.raises(UserError, match="scheduler_config.json says prediction_type 'epsilon'"):
+        wan.load(tmp_path, MODEL)
 
 
 def test_a_wan_size_that_fits_is_named(tmp_path):
@@ -181,15 +279,15 @@ def test_a_run_is_exported(tmp_path):
 TWO_PROCESSES = """
 import sys
 from jaxvp import distributed
-distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
-import jax, numpy as np
-from jaxvp import sharding
-from jaxvp.weights import wan
-from test_wan import MODEL, sharded
-mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
-assert jax.process_count() == 2 and len(jax.local_devices()) == 4
-params, _ = wan.load(sys.argv[3], MODEL, sharded(mesh))
-wan.save(params, MODEL, sys.argv[4])
+with distributed.processes(address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])):
+    import jax, numpy as np
+    from jaxvp import sharding
+    from jaxvp.weights import wan
+    from test_wan import MODEL, sharded
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    assert jax.process_count() == 2 and len(jax.local_devices()) == 4
+    params, _ = wan.load(sys.argv[3], MODEL, sharded(mesh))
+    wan.save(params, MODEL, sys.argv[4])
 """
 
 

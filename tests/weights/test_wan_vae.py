@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxvp.errors import UserError
 from jaxvp.models.wan_vae import VERSIONS, WanVAE
 from jaxvp.rules import named_leaves
 from jaxvp.sharding import MeshConfig, make_mesh
@@ -138,6 +139,55 @@ def test_half_is_enough(tmp_path, spelling):
         assert not report.unused
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("half", [None, "encoder", "decoder"])
+def test_normalisation_is_that_of_the_config(tmp_path, version, half):
+    """Other numbers than the published ones, in latents, pixels and what is saved again."""
+    arrays = dict(np.load(GOLDEN / f"vae_{version}.npz"))
+    vae, rng = tiny(version), np.random.default_rng(0)
+    mean, std = rng.normal(size=vae.channels), rng.uniform(0.2, 3, vae.channels)
+    write(tmp_path / "model.safetensors", weights(version))
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
+    abstract = jax.eval_shape(vae.init, jax.random.key(0))
+    params, _ = wan_vae.load(tmp_path, vae, {half: abstract[half]} if half else None)
+    if half is None:
+        wan_vae.save(params, vae, tmp_path / "out")
+        params, _ = wan_vae.load(tmp_path / "out", vae)
+    if half != "decoder":
+        latents = jax.jit(vae.encode)(params, arrays["video"])
+        np.testing.assert_allclose(latents, (arrays["mean"] - mean) / std, rtol=1e-4, atol=1e-4)
+    if half != "encoder":
+        pixels = jax.jit(vae.decode)(params, np.float32((arrays["latents"] - mean) / std))
+        expected = np.round((arrays["pixels"] + 1) * 127.5)
+        np.testing.assert_allclose(np.float32(pixels), expected, atol=1)
+
+
+def test_a_half_lies_as_it_is_asked_to(tmp_path):
+    vae, mesh = tiny("2.1"), make_mesh(MeshConfig(fsdp=8))
+    write(tmp_path / "model.safetensors", weights("2.1"))
+    (tmp_path / "config.json").write_text(json.dumps({"latents_std": [2.0] * 16}))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, P())),
+        jax.eval_shape(vae.init, jax.random.key(0)))
+    params, _ = wan_vae.load(tmp_path, vae, abstract)
+    for leaf, wanted in zip(*map(jax.tree.leaves, (params, abstract)), strict=True):
+        assert (leaf.dtype, leaf.sharding) == (wanted.dtype, wanted.sharding)
+
+
+@pytest.mark.parametrize("said, message", [
+    ({"latents_mean": [0.0] * 48}, r"latents_mean \[0.0, .* expected 16 finite numbers"),
+    ({"latents_mean": 0}, "latents_mean 0; expected 16 finite numbers"),
+    ({"latents_std": [float("nan")] * 16}, "latents_std .* expected 16 finite numbers"),
+    ({"latents_std": [1.0] * 15 + [0.0]}, "latents_std .* expected positive numbers"),
+])
+def test_a_normalisation_that_is_none_is_refused(tmp_path, said, message):
+    write(tmp_path / "model.safetensors", weights("2.1"))
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"config.json says {message}"):
+        wan_vae.load(tmp_path, tiny("2.1"))
+
+
 def test_names_what_does_not_fit(tmp_path):
     arrays = weights("2.1")
     file = write(tmp_path / "model.safetensors", arrays)
@@ -147,7 +197,8 @@ def test_names_what_does_not_fit(tmp_path):
         wan_vae.load(file, WanVAE("2.2"))
     lacking = {key: array for key, array in arrays.items() if key != "encoder.conv_out.bias"}
     file = write(tmp_path / "lacking.safetensors", lacking | {"discriminator.weight": np.ones(2)})
-    with pytest.raises(ValueError, match=r"no weights for encoder/conv_out/bias .*"
+    with pytest.raises(ValueError, match=r"lacking.safetensors does not fit the model: "
+                                         r"no weights for encoder/conv_out/bias .*"
                                          r"no parameter wants: discriminator\.weight"):
         wan_vae.load(file, tiny("2.1"))
     file = write(tmp_path / "other.safetensors", {"patch_embedding.weight": np.ones(2)})
