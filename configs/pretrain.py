@@ -94,7 +94,7 @@ def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
             "state_size": 8,
             "num_threads": 1,
         },
-        "embedded": {"episodes": episodes, "tasks": tasks, "image_size": 32},
+        "embedded": {"path": path, "episodes": episodes, "tasks": tasks, "image_size": 32},
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 70, "weight_decay": 0.01,
                       "final": 0.02},
         "steps": steps,

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+import typing
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_builders import episode
+from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, convert
 from jaxvp.data import rates
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
@@ -35,7 +37,8 @@ class Builder(abc.ABC):
     """One raw dataset. Its fields are its options: command-line flags, stored with every episode.
 
     A subclass is a frozen dataclass whose fields are bool, int, float, str or tuple[str, ...],
-    made with `option`. It is sent to worker processes, so it holds options and no open files.
+    made with `option`; the type of a number says its range, see `jaxvp.config`. It is sent to
+    worker processes, so it holds options and no open files.
     The first line of its docstring is what `--list` shows.
     """
 
@@ -43,16 +46,17 @@ class Builder(abc.ABC):
     version: ClassVar[str]
     items_per_shard: ClassVar[int] = 64
 
-    val_fraction: float = option(0.05, "share of items in the split `val`")
+    val_fraction: Share = option(0.05, "share of items in the split `val`")
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
             choices, found = field.metadata.get("choices"), getattr(self, field.name)
             if choices and found not in choices:
                 raise UserError(f"--{field.name} must be one of {', '.join(choices)}, "
                                 f"found {found!r}.")
-            if isinstance(found, int | float) and not found >= 0:
-                raise UserError(f"--{field.name} must not be negative, found {found}.")
+            if isinstance(found, int | float):
+                convert(found, hints[field.name], f"--{field.name}")
 
     @abc.abstractmethod
     def features(self) -> tfds.features.FeaturesDict:
@@ -95,11 +99,12 @@ class RawBuilder(Builder):
     """A builder that reads a download: the options and rules that all of these share."""
 
     raw: str = dataclasses.field(metadata={"help": "folder of the raw download"})
-    image_size: int = option(256, "height and width of every stored image, pixels")
-    fps: float = option(0.0, "steps per second to keep, at most the dataset's own; 0: all")
+    image_size: PositiveInt = option(256, "height and width of every stored image, pixels")
+    fps: NonNegativeFloat = option(
+        0.0, "steps per second to keep, at most the dataset's own; 0: all")
     cameras: tuple[str, ...] = option((), "cameras to keep, in canvas order; empty: all")
-    min_views: int = option(1, "leave out episodes with fewer cameras")
-    min_seconds: float = option(0.0, "leave out shorter episodes")
+    min_views: NonNegativeInt = option(1, "leave out episodes with fewer cameras")
+    min_seconds: NonNegativeFloat = option(0.0, "leave out shorter episodes")
     noops: str = option("keep", "`drop` leaves out steps in which nothing moves", ("keep", "drop"))
     failed: str = option("drop", "episodes that did not reach their goal", ("keep", "drop"))
     unlabelled: str = option("drop", "episodes without an instruction", ("keep", "drop"))

@@ -1,7 +1,8 @@
 """Building objects from ml_collections configs, and the config that a workdir belongs to.
 
 A key that does not exist is an error that says which one was meant, whether it came by a flag or
-stands in a config file.
+stands in a config file. A field of a config says its range once, in its type:
+`Annotated[float, Range(ge=0, lt=1)]`, or one of the names below; `build` refuses what is outside.
 """
 
 import collections.abc
@@ -14,14 +15,47 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated
 
 from etils import epath
 
 from jaxvp.errors import UserError
 
+UNIONS = (typing.Union, types.UnionType)
+
 
 class ConfigError(UserError):
     """A config that cannot work: the message names the key, what was expected, what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have; NaN and infinities are in none.
+
+    Attributes:
+      ge, gt, le, lt: it is at least, more than, at most, less than this.
+    """
+
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.ge <= number <= self.le and self.gt < number < self.lt
+
+    def __str__(self) -> str:
+        bounds = (">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt)
+        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if math.isfinite(bound))
+
+
+PositiveInt = Annotated[int, Range(ge=1)]
+NonNegativeInt = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+# Of random numbers: what NumPy and JAX both take, and tell apart.
+Seed = Annotated[int, Range(ge=0, lt=2**32)]
 
 
 def check_keys(mapping: Mapping, valid: Collection[str], where: str = "config"):
@@ -46,7 +80,8 @@ def build(cls: Callable, mapping: Mapping, where: str = "config"):
       where: dotted path of `mapping`, for messages.
 
     Raises:
-      ConfigError: a key is unknown or missing, or a value has another type than declared.
+      ConfigError: a key is unknown or missing, or a value has another type than declared, or is
+        out of its range.
     """
     if not _is_mapping(mapping):
         raise ConfigError(f"{where}: expected the fields of {cls.__name__}, found {mapping!r}.")
@@ -57,8 +92,8 @@ def build(cls: Callable, mapping: Mapping, where: str = "config"):
     if missing:
         raise ConfigError(f"{where}.{missing[0]} is missing: {cls.__name__} needs it.")
     declared = cls if dataclasses.is_dataclass(cls) or not isinstance(cls, type) else cls.__init__
-    hints = typing.get_type_hints(declared)
-    return cls(**{key: _convert(value, hints.get(key, typing.Any), f"{where}.{key}")
+    hints = typing.get_type_hints(declared, include_extras=True)
+    return cls(**{key: convert(value, hints.get(key, typing.Any), f"{where}.{key}")
                   for key, value in mapping.items()})
 
 
@@ -138,10 +173,19 @@ def _is_mapping(value) -> bool:
     return isinstance(value, Mapping) or hasattr(value, "keys")
 
 
-def _convert(value, hint, where: str):
-    """`value` as the type that `hint` declares; ConfigError when it is not one."""
+def convert(value, hint, where: str):
+    """`value` as the type that `hint` declares.
+
+    Raises:
+      ConfigError: it is not one, or is out of the hint's `Range`; the message begins with `where`.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin is Annotated:
+        converted = convert(value, arguments[0], where)
+        if all(converted in note for note in arguments[1:]):
+            return converted
+        raise _wrong_value(value, hint, where)
+    if origin in UNIONS:
         return _convert_union(value, arguments, hint, where)
     if origin is typing.Literal:
         if value not in arguments:
@@ -158,15 +202,15 @@ def _convert(value, hint, where: str):
         value = tuple(value)
     wrong_bool = isinstance(value, bool) and kind in (int, float)
     if isinstance(kind, type) and (wrong_bool or not isinstance(value, kind)):
-        raise _wrong_type(value, hint, where)
+        raise _wrong_value(value, hint, where)
     if isinstance(value, tuple | list) and arguments and kind is not collections.abc.Callable:
         if kind is tuple and arguments[-1] is not Ellipsis:
             if len(value) != len(arguments):
-                raise _wrong_type(value, hint, where)
+                raise _wrong_value(value, hint, where)
             items = arguments
         else:
             items = arguments[:1] * len(value)
-        return type(value)(_convert(item, item_hint, f"{where}[{i}]")
+        return type(value)(convert(item, item_hint, f"{where}[{i}]")
                            for i, (item, item_hint) in enumerate(zip(value, items, strict=True)))
     return value
 
@@ -176,20 +220,38 @@ def _convert_union(value, choices, hint, where: str):
         for choice in choices:
             if dataclasses.is_dataclass(choice):
                 return build(choice, value, where)
-    if type(value) in choices:  # Before conversions: an int stays one in `float | int`.
-        return value
-    for choice in choices:
+    # What needs no conversion comes first: an int stays one in `float | int`.
+    for choice in sorted(choices, key=lambda choice: _bare(choice) is not type(value)):
         try:
-            return _convert(value, choice, where)
+            return convert(value, choice, where)
         except ConfigError:
             continue
-    raise _wrong_type(value, hint, where)
+    raise _wrong_value(value, hint, where)
 
 
-def _wrong_type(value, hint, where: str) -> ConfigError:
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    name = name.replace("collections.abc.", "").replace("typing.", "")
-    return ConfigError(f"{where}: expected {name}, found {value!r} ({type(value).__name__}).")
+def _bare(hint):
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _wrong_value(value, hint, where: str) -> ConfigError:
+    return ConfigError(f"{where}: expected {_name(hint)}, found {value!r} "
+                       f"({type(value).__name__}).")
+
+
+def _name(hint) -> str:
+    """How messages call a type: "float >= 0 and < 1 | None"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return " ".join([_name(arguments[0]), *map(str, arguments[1:])])
+    if origin in UNIONS:
+        return " | ".join(map(_name, arguments))
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    if arguments:
+        return f"{origin.__name__}[{', '.join(map(_name, arguments))}]"
+    if hint in (Ellipsis, types.NoneType):
+        return {Ellipsis: "...", types.NoneType: "None"}[hint]
+    return getattr(hint, "__name__", str(hint))
 
 
 def plain(value, where: str = "config"):

@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxvp import checkpoint, command
 from jaxvp import config as config_lib
-from jaxvp.data import augment
+from jaxvp.data import augment, checks
 from jaxvp.data.clips import ClipSpec
 from jaxvp.errors import UserError
 from jaxvp.models import attention
@@ -79,8 +79,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
         "action_size": spec.action_size, "state_size": spec.state_size,
         "action": normalizer["action"], "state": normalizer["state"],
         "normalization": normalizer["mode"],
-        # What an evaluation must share with the making of the data.
-        "protocol": {name: options[name] for name in ("image_size", "rotation") if name in options},
+        "protocol": {name: options[name] for name in checks.PROTOCOL if name in options},
         "git_revision": assets["git_revision"], "versions": assets["versions"],
         "config": assets["config"],
     }
@@ -98,7 +97,7 @@ def run():
     """Entry point `jaxvp-export`."""
     flags.DEFINE_string("workdir", None, "Workdir of a training run, or one of its checkpoints.")
     flags.DEFINE_string("out", None, "Folder of the bundle; it must be empty or absent.")
-    flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.")
+    flags.DEFINE_integer("batch_size", 16, "Rows of the exported functions.", lower_bound=1)
     flags.DEFINE_string("robot", None, "Which robot, when the run was trained on several.")
     flags.mark_flags_as_required(["workdir", "out"])
     command.run(start)

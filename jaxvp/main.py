@@ -5,8 +5,9 @@ import pathlib
 import jax
 from absl import flags
 
-from jaxvp import command, distributed
+from jaxvp import command, distributed, step
 from jaxvp import config as config_lib
+from jaxvp.data import mixture, rlds
 from jaxvp.step import TrainConfig
 from jaxvp.train import check, train
 
@@ -17,24 +18,40 @@ def start(settings):
         config = settings.config
         name = command.config_name().replace(".py:", "_").removesuffix(".py")
         workdir = settings.workdir or pathlib.Path("runs") / name
-        check(config_lib.build(TrainConfig, config, "config"), workdir)  # Before data is made.
-        if config.get("embedded"):
-            if jax.process_index() == 0:
-                build_embedded(config)
+        built = config_lib.build(TrainConfig, config, "config")
+        mesh = check(built, workdir)  # Before data is made.
+        if settings.dry_run and embedded_is_absent(built):  # What can be known without the data.
+            distributed.note(f"{built.embedded['path']} is absent: a run builds it first.")
+            return step.build(built, mixture.clip_spec(built.data), mesh).describe()
+        if built.embedded:
+            if jax.process_index() == 0 and embedded_is_absent(built):
+                build_embedded(built)
             distributed.together("embedded data")
         train(config, workdir, settings.dry_run)
 
 
-def build_embedded(config):
-    """Builds the tabletop dataset at the first source's path when there is none."""
+def embedded_is_absent(config: TrainConfig) -> bool:
+    """Whether a source is the config's embedded dataset, and there is nothing at its path."""
+    path = config.embedded and pathlib.Path(config.embedded["path"])
+    if path not in [pathlib.Path(source.path) for source in config.data.sources]:
+        return False
+    try:
+        rlds.version_folder(path)
+    except rlds.NoDataset:
+        return True
+    return False
+
+
+def build_embedded(config: TrainConfig):
+    """Builds the tabletop dataset at the path that `config.embedded` says."""
     from data_builders.build import build
     from data_builders.tabletop.tabletop import Builder
 
-    path = pathlib.Path(config.data.sources[0]["path"])
-    if not any(path.glob("*/dataset_info.json")):
-        distributed.note(f"{path} is absent: building the embedded dataset.")
-        builder = config_lib.build(Builder, config.embedded, "config.embedded")
-        build(builder, builder.items(), path, num_workers=2)
+    options = dict(config.embedded)
+    path = pathlib.Path(options.pop("path"))
+    distributed.note(f"{path} is absent: building the embedded dataset.")
+    builder = config_lib.build(Builder, options, "config.embedded")
+    build(builder, builder.items(), path, num_workers=2)
 
 
 def run():

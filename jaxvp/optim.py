@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 import rich.table
 
 from jaxvp import rules
+from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share
 from jaxvp.errors import UserError
 
 
@@ -32,26 +33,17 @@ class OptimizerConfig:
         and tables are not decayed.
     """
 
-    learning_rate: float
+    learning_rate: PositiveFloat
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 0
-    final: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    rules: tuple[tuple[str, float | None], ...] = ()
-    decay: tuple[tuple[str, float], ...] = ((".*kernel", 1.0),)
-
-    def __post_init__(self):
-        if self.learning_rate <= 0 or self.warmup_steps < 0:
-            raise UserError("config.optimizer.learning_rate must be positive and warmup_steps not "
-                            f"negative, found {self.learning_rate} and {self.warmup_steps}.")
-        for regex, value in self.rules:
-            if value is not None and value <= 0:
-                raise UserError(f"config.optimizer.rules: {regex!r} has multiplier {value}: "
-                                "expected a positive number, or None to freeze.")
+    warmup_steps: NonNegativeInt = 0
+    final: Share = 0.0
+    b1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Range(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = 1.0
+    rules: tuple[tuple[str, PositiveFloat | None], ...] = ()
+    decay: tuple[tuple[str, NonNegativeFloat], ...] = ((".*kernel", 1.0),)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable:

@@ -354,9 +354,8 @@ def to_json(plan: Plan) -> dict:
 
 # The command.
 
-def start():
+def start(settings):
     """Plans what the flags say."""
-    settings = flags.FLAGS
     machine = chips.parse(settings.topology, settings.slices)
     console = rich.console.Console()
     if not machine.chip.axes and not settings.dry_run:

@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp import rules
+from jaxvp.config import PositiveInt
 from jaxvp.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -29,16 +31,15 @@ _replica = contextvars.ContextVar("replica", default=False)
 class MeshConfig:
     """Devices along each axis; one of them may be -1, all the devices that the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: PositiveInt | Literal[-1] = -1
+    fsdp: PositiveInt | Literal[-1] = 1
+    context: PositiveInt | Literal[-1] = 1
+    tensor: PositiveInt | Literal[-1] = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
-            raise UserError(f"config.mesh is {_show(sizes)}: expected positive sizes, at most one "
-                            "of them -1.")
+        if sizes.count(-1) > 1:
+            raise UserError(f"config.mesh is {_show(sizes)}: expected at most one -1.")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

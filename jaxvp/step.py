@@ -3,6 +3,7 @@ compiles it for machines that are not there."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxvp import chips, distributed, optim, sharding
 from jaxvp import config as config_lib
+from jaxvp.config import NonNegativeInt, PositiveInt, Range, Seed
 from jaxvp.data import augment, mixture
 from jaxvp.data.clips import ClipSpec
 from jaxvp.errors import UserError
@@ -26,8 +28,8 @@ class TrainConfig:
     Attributes:
       method: "name", in the registry, and the method's own options.
       stage: one of the method's stages: what is trained, and by which loss.
-      execution_horizon: of the P actions of a chunk, how many a policy executes before it looks
-        again; written into bundles.
+      execution_horizon: of the P actions of a chunk, how many, at most P, a policy executes before
+        it looks again; written into bundles.
       data, optimizer, mesh: see DataConfig, OptimizerConfig, MeshConfig.
       rules: ordered (regex, partition spec) of the parameters, see `sharding.state_shardings`;
         default: the method's own.
@@ -45,34 +47,43 @@ class TrainConfig:
         state does. See `checkpoint.restore_or_init`.
       pretrained: part of the method ("video", "codec") to the weights that a new run takes it
         from, see `base.Method.load`; "": none. What `init_from` has of it comes on top.
-      embedded: options of the tabletop builder, which makes the first data source when it is
-        absent; empty: never.
+      embedded: "path" and the options of the tabletop builder, which makes the dataset there when
+        a source has just this path and nothing is there; empty: never.
     """
 
     method: Mapping
     stage: str
-    execution_horizon: int
+    execution_horizon: PositiveInt
     data: mixture.DataConfig
     optimizer: optim.OptimizerConfig
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     rules: tuple | None = None
     offload_optimizer: bool = False
-    seed: int = 0
-    steps: int
-    batch_size: int
-    microbatches: int = 1
-    ema: float = 0.999
-    log_every: int = 20
-    validate_every: int = 0
-    validation_batches: int = 4
-    sample_every: int = 0
-    sample_clips: int = 8
-    save_every: int = 1000
-    keep: int = 2
+    seed: Seed = 0
+    steps: PositiveInt
+    batch_size: PositiveInt
+    microbatches: PositiveInt = 1
+    ema: Annotated[float, Range(ge=0, lt=1)] = 0.999
+    log_every: NonNegativeInt = 20
+    validate_every: NonNegativeInt = 0
+    validation_batches: PositiveInt = 4
+    sample_every: NonNegativeInt = 0
+    sample_clips: PositiveInt = 8
+    save_every: NonNegativeInt = 1000
+    keep: PositiveInt = 2
     init_from: str = ""
     resume: str = ""
     pretrained: Mapping = dataclasses.field(default_factory=dict)
     embedded: Mapping = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.execution_horizon > self.data.chunk:
+            raise config_lib.ConfigError(
+                f"config.execution_horizon is {self.execution_horizon}: expected at most "
+                f"config.data.chunk = {self.data.chunk}.")
+        if self.embedded and "path" not in self.embedded:
+            raise config_lib.ConfigError("config.embedded.path is missing: where the tabletop "
+                                         "dataset is built.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +261,22 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh):
         raise UserError(
             f"config.batch_size is {config.batch_size}: expected a multiple of data x fsdp x "
             f"microbatches = {shards} x {config.microbatches}; the nearest is {nearest}.")
+
+
+def check_data(config: TrainConfig, batches: mixture.BatchIterator):
+    """Opens what is validated on as validation will, and says what is to be known of the data.
+
+    Raises:
+      UserError: as `mixture.validation_batches`; what it would raise after hours of training.
+    """
+    notes = list(batches.notes)
+    if config.validate_every or config.sample_every:
+        robots = batches.normalizers
+        notes += mixture.held_out(config.data, robots)[1]
+        mixture.validation_batches(config.data, config.batch_size, config.validation_batches,
+                                   normalizers=robots)
+    for note in notes:
+        distributed.note(note)
 
 
 def abstract_clip(spec: ClipSpec, batch_size: int, mesh: jax.sharding.Mesh) -> dict:

@@ -74,6 +74,7 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
     batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share, known)
     if origin.continues:
         batches.set_state(origin.data)  # Other data is refused.
+    step_lib.check_data(config, batches)
     assets = checkpoint.run_assets(raw_config, batches.spec, batches.normalizers,
                                    batches.embodiments())
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs import finetune, libero, pretrain
-from jaxvp.config import build
+from jaxvp import main
+from jaxvp.config import ConfigError, build
 from jaxvp.step import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -37,3 +38,48 @@ def test_a_wrong_flag_is_one_line(flag, message, tmp_path):
     errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert re.search(message, errors[0]), errors
+
+
+def run_main(folder, *flags):
+    """The command in `folder`, without data there."""
+    return subprocess.run(
+        [sys.executable, "-m", "jaxvp.main", f"--config={ROOT}/configs/pretrain.py", *flags],
+        cwd=folder, text=True, capture_output=True, env={
+            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "", "COLUMNS": "200"})
+
+
+def test_a_mistyped_path_is_not_taken_for_the_embedded_dataset(tmp_path):
+    run = run_main(tmp_path, "--config.data.sources=({'path': 'data/my_robto'},)",
+                   "--config.embedded.episodes=4")
+    assert run.returncode == 1 and "error: No dataset at data/my_robto" in run.stderr, run.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_dry_run_of_the_embedded_dataset_writes_nothing(tmp_path):
+    run = run_main(tmp_path, "--dry_run")
+    assert run.returncode == 0, run.stderr
+    assert "data/tabletop is absent: a run builds it first." in run.stdout
+    assert "parameters trained" in run.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sources, embedded, there, absent", [
+    (["data/tabletop"], {"path": "data/tabletop"}, False, True),
+    (["mine", "data/tabletop/"], {"path": "data/tabletop"}, False, True),
+    (["data/tabletop"], {"path": "data/tabletop"}, True, False),
+    (["mine"], {"path": "data/tabletop"}, False, False),
+    (["data/tabletop"], {}, False, False),
+])
+def test_what_is_built(tmp_path, monkeypatch, sources, embedded, there, absent):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tabletop" / "1.0.0.unfinished").mkdir(parents=True)
+    if there:
+        (tmp_path / "data" / "tabletop" / "dataset_info.json").touch()
+    config = pretrain.get_config().to_dict() | {"embedded": embedded}
+    config["data"] |= {"sources": [{"path": path} for path in sources]}
+    assert main.embedded_is_absent(build(TrainConfig, config)) == absent
+
+
+def test_an_embedded_dataset_has_a_path():
+    config = pretrain.get_config().to_dict() | {"embedded": {"episodes": 3}}
+    with pytest.raises(ConfigError, match="config.embedded.path is missing"):
+        build(TrainConfig, config)

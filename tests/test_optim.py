@@ -122,8 +122,6 @@ def test_no_gradient_reaches_what_is_frozen():
     ({"decay": (("x", 1.0),), "weight_decay": 0.1}, "config.optimizer.decay: 'x' matches no"),
     ({"rules": ((".*", None),)}, "freeze every parameter"),
     ({"warmup_steps": 100}, "config.optimizer.warmup_steps is 100, but training has 100 steps"),
-    ({"rules": ((".*", 0.0),)}, "multiplier 0.0: expected a positive number, or None to freeze"),
-    ({"learning_rate": 0.0}, "config.optimizer.learning_rate must be positive"),
 ])
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):

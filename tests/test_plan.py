@@ -320,6 +320,16 @@ def test_command(tmp_path):
     assert result["config"] == "tiny.py" and result["fits"]
 
 
+def test_a_plan_refuses_what_is_out_of_range():
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxvp.plan", "--config=configs/pretrain.py", "--dry_run",
+         "--topology=h100:1", "--config.batch_size=-8"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: config.batch_size: expected int >= 1, found -8 (int)."
+
+
 def test_a_plan_reads_no_data():
     with pytest.raises(ValueError, match="config.data.action_size is 0"):
         plan.make_plan(make_config(data__action_size=0), chips.parse("h200:8"), dry_run=True)

@@ -153,7 +153,8 @@ def test_four_processes_train_as_one_and_go_on_as_one(dataset, tmp_path, alone):
 
 def test_embedded_data_is_built_once_and_waited_for(tmp_path):
     """Process 1 waits for the dataset that process 0 builds; a refusal of one ends both."""
-    embedded = {"episodes": 4, "tasks": ("core",), "image_size": 16, "val_fraction": 0.3}
+    embedded = {"path": str(tmp_path / "data"), "episodes": 4, "tasks": ("core",), "image_size": 16,
+                "val_fraction": 0.3}
     config = small(str(tmp_path / "data"), embedded=embedded, steps=2, validate_every=0,
                    sample_every=0)
     with Run(config, tmp_path / "run", 2) as run:

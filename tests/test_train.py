@@ -197,6 +197,18 @@ def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("every", ["validate_every", "sample_every"])
+def test_what_is_validated_on_is_looked_at_before_the_first_step(
+        dataset, tmp_path, monkeypatch, dry_run, every):
+    monkeypatch.setattr(step_lib, "build", lambda *args: pytest.fail("the step was built"))
+    config = config_of(dataset, **{every: 2})
+    config.data.sources = ({"path": dataset, "validation_split": "vla"},)
+    with pytest.raises(UserError, match=r"has no split 'vla' to validate on, but \['train', 'val'"):
+        train.train(config, tmp_path, dry_run)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"batchsize": 3}, "config.batchsize does not exist. Did you mean config.batch_size?"),
     ({"method.video.widht": 3}, "config.method.video.widht does not exist"),
@@ -208,6 +220,13 @@ def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
     ({"batch_size": 6}, "batch_size is 6: expected a multiple.*the nearest is 8"),
     ({"data.image_size": 12}, "multiples of"),
     ({"init_from": "nowhere"}, "No checkpoint in nowhere"),
+    ({"method.taps": (0, 2)}, r"config.method.taps=\(0, 2\): expected different blocks .* 0 to 1"),
+    ({"method.taps": ()}, r"config.method.taps=\(\): expected different blocks .* at least one"),
+    ({"method.shift": -1.0}, "config.method.shift: expected float > 0, found -1.0"),
+    ({"method.codec": {"name": "pixel", "patch": 0}}, "config.method.codec.patch: expected int >="),
+    ({"method.video.heads": 0}, "config.method.video.heads: expected int >= 1, found 0"),
+    ({"batch_size": 8000}, "batch_size is 8000, but the data has only"),
+    ({"data.chunk": 200}, "data.chunk is 200, but the longest record"),
 ])
 def test_bad_configs_name_the_key(dataset, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):

@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, images
 from data_builders.builder import option
 from jaxvp import unpickle
+from jaxvp.config import Share
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
@@ -50,7 +51,7 @@ class Builder(builder.RawBuilder):
     version = "1.0.0"
 
     annotations: str = option("lang_annotations", "folder of the texts")
-    val_fraction: float = option(0.0, "share of the training parts that go to `val`, too")
+    val_fraction: Share = option(0.0, "share of the training parts that go to `val`, too")
 
     def features(self):
         cameras = self.view_names(tuple(CAMERAS))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from data_builders import builder, episode, images, json_file, video
 from data_builders.builder import Skip, option
+from jaxvp.config import NonNegativeFloat, PositiveFloat
 
 FPS = 30
 MEAN_GAP = 4.9
@@ -135,10 +136,10 @@ class Builder(builder.RawBuilder):
     version = "1.0.0"
     items_per_shard = 8  # A video has some 20 minutes and hundreds of episodes.
 
-    fps: float = option(8.0, "steps per second to keep, at most 30; 0: all")
+    fps: NonNegativeFloat = option(8.0, "steps per second to keep, at most 30; 0: all")
     annotations: str = option("narrations", "what cuts the videos into episodes: points in time, "
                               "or actions with start and end in 120 hours", ("narrations", "fho"))
-    seconds: float = option(3.0, "mean length of a narration's segment")
+    seconds: PositiveFloat = option(3.0, "mean length of a narration's segment")
     tags: tuple[str, ...] = option(
         ("C",), "whose narrations: C the camera wearer's, O others', unsure: also uncertain ones")
     videos: str = option("full_scale", "folder of the videos", ("full_scale", "video_540ss"))

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, video
 from data_builders.builder import Skip, option
+from jaxvp.config import Share
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 from jaxvp.files import find
@@ -82,7 +83,7 @@ class Builder(builder.RawBuilder):
     name = "egodex"
     version = "1.0.0"
 
-    min_tracked: float = option(
+    min_tracked: Share = option(
         0.0, "leave out episodes whose wrists and fingertips are tracked for less than this share "
         "of the time; files without confidences stay")
 

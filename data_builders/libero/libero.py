@@ -22,6 +22,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5
 from data_builders.builder import option
+from jaxvp.config import NonNegativeInt, PositiveInt
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
 from jaxvp.files import find
@@ -56,10 +57,11 @@ class Builder(builder.Builder):
         "human demonstrations; an expert that waits for its gripper would lose that",
         ("keep", "drop"),
     )
-    wait_steps: int = option(0, "with replay=actions: still steps before it starts (OpenVLA: 10)")
+    wait_steps: NonNegativeInt = option(
+        0, "with replay=actions: still steps before it starts (OpenVLA: 10)")
     rotation: str = option("180", "`180` as published policies use it, mirrored; `flip`; `none`",
                            tuple(libero.ROTATIONS))
-    image_size: int = option(128, "height and width of images in pixels")
+    image_size: PositiveInt = option(128, "height and width of images in pixels")
     libero_assets: str = option("", "folder of LIBERO's assets, if not in its package")
 
     def features(self):

@@ -22,6 +22,7 @@ import numpy as np
 
 from data_builders import builder, episode, hdf5, json_file, language
 from data_builders.builder import Skip, option
+from jaxvp.config import NonNegativeFloat
 from jaxvp.errors import UserError
 
 FPS = 25.0
@@ -42,7 +43,7 @@ class Builder(builder.RawBuilder):
     name = "rdt"
     version = "1.0.0"
 
-    min_seconds: float = option(128 / FPS, "leave out shorter episodes; RDT: 128 steps")
+    min_seconds: NonNegativeFloat = option(128 / FPS, "leave out shorter episodes; RDT: 128 steps")
     instructions: str = option(
         "original", "which text of an episode; of several of a kind, its name decides by hash. "
         "RDT draws the kind, too, at every step", tuple(INSTRUCTIONS))

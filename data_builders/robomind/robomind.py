@@ -25,6 +25,7 @@ import numpy as np
 from data_builders import builder, episode, hdf5, images, json_file
 from data_builders.builder import option
 from data_builders.robomind.embodiments import EMBODIMENTS, GRIPPER, Embodiment
+from jaxvp.config import PositiveFloat, Share
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
@@ -39,13 +40,13 @@ class Builder(builder.RawBuilder):
     version = "1.0.0"
 
     embodiment: str = option("franka_3rgb", "which part to convert", tuple(EMBODIMENTS))
-    source_fps: float = option(
+    source_fps: PositiveFloat = option(
         30.0, "steps per second of the files, which do not say it. 30 is the authors' answer "
         "(issue 2 of their repository) and what converters write; the lengths of Franka's and UR's "
         "episodes look like 10")
     language: str = option("steps", "`steps`: frame-level texts where there are any, else that of "
                            "the task; `task`: always that of the task", ("steps", "task"))
-    val_fraction: float = option(0.0, "share of the training episodes that go to `val`, too")
+    val_fraction: Share = option(0.0, "share of the training episodes that go to `val`, too")
 
     @property
     def name(self) -> str:

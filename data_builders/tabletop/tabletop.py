@@ -12,6 +12,7 @@ import numpy as np
 
 from data_builders import builder, episode
 from data_builders.builder import Skip, option
+from jaxvp.config import NonNegativeFloat, PositiveInt, Seed
 from jaxvp.envs import tabletop
 from jaxvp.errors import UserError
 
@@ -29,12 +30,12 @@ class Builder(builder.Builder):
     version: ClassVar[str] = "1.0.0"
     items_per_shard: ClassVar[int] = 50
 
-    episodes: int = option(600, "episodes to run, in turn over the tasks")
+    episodes: PositiveInt = option(600, "episodes to run, in turn over the tasks")
     tasks: tuple[str, ...] = option(("core",), "core, seen, or names of tasks")
-    image_size: int = option(32, "height and width of every camera, pixels")
-    seed: int = option(1_000_000, "of the first episode; evaluations start at 100,000")
-    disturbance: float = option(0.01, "noise on the motion, metres per step and axis")
-    wander: float = option(
+    image_size: PositiveInt = option(32, "height and width of every camera, pixels")
+    seed: Seed = option(1_000_000, "of the first episode; evaluations start at 100,000")
+    disturbance: NonNegativeFloat = option(0.01, "noise on the motion, metres per step and axis")
+    wander: NonNegativeFloat = option(
         0.01,
         "error of what is executed, metres per axis, another one every 8 steps; the recorded "
         "actions are the expert's own, which correct it (DART, arXiv 1703.09327)",

@@ -28,11 +28,12 @@ from absl import flags
 
 from jaxvp import command
 from jaxvp import config as config_lib
-from jaxvp.data import mixture, observation, rlds
+from jaxvp.data import checks, mixture, observation, rlds
 from jaxvp.data.clips import Clips
 from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.normalize import CONSTANT, Normalizer
 from jaxvp.data.rlds import Episodes
+from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
 
 EPISODES = 4  # On the contact sheet of a dataset, and at least one of every robot,
@@ -160,16 +161,19 @@ def inspect(config: DataConfig) -> dict:
     """
     check_there(config)
     normalizers = mixture.statistics(config)
-    # Texts are not looked up here, so their embeddings need not be there yet.
+    # Clips are not read here, so the embeddings of their texts need not be there yet.
     spec = mixture.clip_spec(dataclasses.replace(config, text_embeddings=""), normalizers)
-    sources = []
+    sources, alike = [], []
     for number, source in enumerate(config.sources):
         episodes = mixture.open_source(config, source)
         try:
             Clips(episodes, spec, source=number, normalizers=normalizers, cameras=source.cameras,
                   max_bad_records=config.max_bad_records)
+            checks.check_robots([*alike, episodes])
+            alike.append(episodes)
+            check_texts(config, source, episodes)
             problem = None
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
         sources.append(facts(episodes, {v: source.cameras.get(v, v) for v in spec.cameras}) | {
             "path": source.path, "split": source.split, "problem": problem,
@@ -183,6 +187,21 @@ def inspect(config: DataConfig) -> dict:
     robots = {robot: {column: getattr(normalizer, column) for column in ("action", "state")}
               for robot, normalizer in normalizers.items()}
     return {"sources": sources, "robots": robots}
+
+
+def check_texts(config: DataConfig, source: SourceConfig, episodes: Episodes):
+    """Raises UserError when a text of the source, or of what is held out of it, is too long, or is
+    not among its embeddings; where those are still to be made, there is nothing to check."""
+    embeddings = None
+    if config.text_embeddings:
+        if not Path(config.text_embeddings, "index.json").exists():
+            return
+        embeddings = TextEmbeddings(config.text_embeddings)
+    splits = [episodes]
+    if source.validation_fraction or source.validation_split in rlds.splits(source.path):
+        splits.append(mixture.open_source(config, source, held_out=True))
+    for split in splits:
+        checks.check_texts(split, config.text_length, embeddings)
 
 
 def facts(episodes: Episodes, cameras: Mapping[str, str | None]) -> dict:

@@ -11,15 +11,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import grain
 import numpy as np
 import rich.progress
 
-from jaxvp.config import build
-from jaxvp.data import normalize, rates
+from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
+from jaxvp.data import checks, normalize, rates, rlds
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
 from jaxvp.data.normalize import Normalizer, StatsStream
 from jaxvp.data.observation import LAYOUTS
@@ -51,21 +52,16 @@ class SourceConfig:
     """
 
     path: str
-    weight: float | None = 1.0
+    weight: PositiveFloat | None = 1.0
     split: str = "train"
     validation_split: str = "val"
-    validation_fraction: float = 0.0
+    validation_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.0
     cameras: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     robots: tuple[str, ...] = ()
-    min_views: int = 0
-    min_seconds: float = 0.0
+    min_views: NonNegativeInt = 0
+    min_seconds: NonNegativeFloat = 0.0
 
     def __post_init__(self):
-        if self.weight is not None and not self.weight > 0:
-            raise UserError(f"The weight of {self.path} must be positive, found {self.weight}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"The validation_fraction of {self.path} must be at least 0 and less "
-                            f"than 1, found {self.validation_fraction}.")
         if self.validation_fraction and self.validation_split:
             raise UserError(f"{self.path} has a validation_split and a validation_fraction: set "
                             "the split to \"\" or the fraction to 0.")
@@ -99,43 +95,32 @@ class DataConfig:
     """
 
     sources: Sequence[SourceConfig | Mapping]
-    num_frames: int
-    fps: float
-    chunk: int
-    image_size: int | tuple[int, int]
-    source_size: int | tuple[int, int] = 0
-    crop: float = 1.0
-    latents: tuple[int, ...] = ()
+    num_frames: PositiveInt
+    fps: PositiveFloat
+    chunk: PositiveInt
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]
+    source_size: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    crop: Annotated[float, Range(gt=0, le=1)] = 1.0
+    latents: tuple[PositiveInt, ...] = ()
     cameras: tuple[str, ...] = ()
-    layout: str = "bimanual"
-    text_length: int = 256
+    layout: Literal[*LAYOUTS] = "bimanual"
+    text_length: PositiveInt = 256
     text_embeddings: str = ""
-    text_width: int = 4096
-    normalization: str = "min_max"
-    action_size: int = 0
-    state_size: int = 0
-    num_threads: int = 2
-    prefetch: int = 2
-    cache_bytes: int = 1 << 29
-    max_bad_records: int = 10
+    text_width: PositiveInt = 4096
+    normalization: Literal[*normalize.MODES] = "min_max"
+    action_size: NonNegativeInt = 0
+    state_size: NonNegativeInt = 0
+    num_threads: NonNegativeInt = 2
+    prefetch: NonNegativeInt = 2
+    cache_bytes: NonNegativeInt = 1 << 29
+    max_bad_records: NonNegativeInt = 10
 
     def __post_init__(self):
         if not self.sources:
             raise UserError("data.sources is empty: name at least one dataset.")
-        if self.layout not in LAYOUTS:
-            raise UserError(f"data.layout is {self.layout!r}; there are {', '.join(LAYOUTS)}.")
-        if self.normalization not in normalize.MODES:
-            raise UserError(
-                f"data.normalization is {self.normalization!r}; there are {normalize.MODES}."
-            )
-        if not 0 < self.crop <= 1:
-            raise UserError(f"data.crop must be more than 0 and at most 1, found {self.crop}.")
         if self.crop < 1 and self.latents:
             raise UserError(f"data.crop is {self.crop}, but data.latents are of whole pictures, of "
                             "which no part can be shown: set data.crop=1.0 or data.latents=().")
-        for name in ("num_frames", "chunk", "fps", "text_length", "text_width"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"data.{name} must be positive, found {getattr(self, name)}.")
         sources = list(self.sources)
         for i, source in enumerate(sources):
             if not isinstance(source, SourceConfig):
@@ -153,11 +138,13 @@ class BatchIterator:
     Attributes:
       normalizers: robot to the normalizer that the clips went through.
       spec: the shapes of a clip.
+      notes: what a user should know of the data.
     """
 
-    def __init__(self, batches: grain.MapDataset, sources: Sequence[Clips], batch_size: int, read):
+    def __init__(self, batches: grain.MapDataset, sources: Sequence[Clips], batch_size: int, read,
+                 notes: Sequence[str] = ()):
         self._batches, self._sources, self._batch_size = batches, sources, batch_size
-        self._read, self._iterator = read, None
+        self._read, self._iterator, self.notes = read, None, notes
         self.spec, self.normalizers = sources[0].spec, sources[0].normalizers
         self._digest = _digest([source.episodes for source in sources])
         self._seek(0)
@@ -243,19 +230,22 @@ def train_iterator(
       normalizers: robot to normalizer, those of a checkpoint; of the other robots: `statistics`.
 
     Raises:
-      UserError: a dataset is absent, damaged or does not fit the config.
+      UserError: a dataset is absent, damaged or does not fit the config, or a text is too long, a
+        robot's records differ, no record is as long as a clip or a chunk, or a batch is larger
+        than the data.
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
+    checks.check_robots(opened.values())
     normalizers, notes = _known(_statistics(config, list(opened.values())), normalizers or {})
-    if process_index == 0:
-        for note in notes:
-            rich.get_console().print(note, markup=False, highlight=False, soft_wrap=True)
     clips = _clips(config, opened, normalizers)
+    notes += checks.check_lengths(clip_spec(config, normalizers), opened.values())
+    if (total := sum(map(len, clips.values()))) < batch_size:
+        raise UserError(f"batch_size is {batch_size}, but the data has only {total} clips.")
     # A thread of Grain waits for a batch; the threads that make it are `BatchReader`'s.
     ahead = config.prefetch if config.num_threads else 0
     batches = _batches(config, clips, batch_size, seed, process_index, process_count, ahead + 2)
     read = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-    return BatchIterator(batches, list(clips.values()), batch_size, read)
+    return BatchIterator(batches, list(clips.values()), batch_size, read, notes)
 
 
 def _known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
@@ -300,22 +290,46 @@ def validation_batches(
 ) -> grain.MapDataset:
     """`num_batches` held-out batches, always the same: index it or iterate over it.
 
-    Arguments and errors as for `train_iterator`.
-
-    Raises:
-      UserError: no source has a validation_split or a validation_fraction.
+    Arguments and errors as for `train_iterator`, and those of `held_out`.
     """
-    opened = {
-        number: open_source(config, source, held_out=True)
-        for number, source in enumerate(config.sources)
-        if source.validation_split or source.validation_fraction
-    }
-    if not opened:
-        raise UserError("No source has a validation_split or a validation_fraction, so there is "
-                        "nothing to validate on.")
-    clips = _clips(config, opened, statistics(config) if normalizers is None else normalizers)
+    normalizers = statistics(config) if normalizers is None else normalizers
+    clips = _clips(config, held_out(config, normalizers)[0], normalizers)
     batches = _batches(config, clips, batch_size, 0, process_index, process_count)
     return batches[:num_batches]
+
+
+def held_out(config: DataConfig, robots: Collection[str]) -> tuple[dict[int, Episodes], list[str]]:
+    """The held-out episodes of `robots`, those that are trained, by the number of their source; and
+    a note for every source that has others.
+
+    Raises:
+      UserError: a source has no such split, or nothing is held out.
+    """
+    opened, notes = {}, []
+    for number, source in enumerate(config.sources):
+        if not (source.validation_split or source.validation_fraction):
+            continue
+        splits = rlds.splits(source.path)
+        if source.validation_split and source.validation_split not in splits:
+            raise UserError(
+                f"{source.path} has no split {source.validation_split!r} to validate on, but "
+                f"{list(splits)}: set its validation_split to one, or to \"\" (with a "
+                "validation_fraction some of its episodes are held out), or set "
+                "config.validate_every and config.sample_every to 0.")
+        episodes = open_source(config, source, held_out=True)
+        if unknown := sorted(set(episodes.robots()) - set(robots)):
+            known = episodes.where("robot", lambda robot: robot in robots)
+            notes.append(f"{episodes.folder} {episodes.split}: {(~known).sum()} of {len(known)} "
+                         f"records are of {unknown}, which nothing is trained on, and are left out "
+                         "of validation.")
+            if not known.any():
+                continue
+            episodes = episodes.only(known)
+        opened[number] = episodes
+    if not opened:
+        reasons = notes or ["No source has a validation_split or a validation_fraction."]
+        raise UserError(f"There is nothing to validate on. {' '.join(reasons)}")
+    return opened, notes
 
 
 def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False) -> Episodes:
@@ -476,7 +490,7 @@ def _clips(
             raise UserError(f"{episodes.folder} holds latents of the layout {stored['layout']!r}, "
                             f"data.layout is {config.layout!r}.")
     embeddings = TextEmbeddings(config.text_embeddings) if config.text_embeddings else None
-    return {
+    clips = {
         number: Clips(
             episodes,
             spec,
@@ -488,6 +502,9 @@ def _clips(
         )
         for number, episodes in opened.items()
     }
+    for episodes in opened.values():
+        checks.check_texts(episodes, spec.text_length, embeddings)
+    return clips
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -278,8 +278,6 @@ def write(settings):
       ConfigError, UserError, OSError: see Encoder and `precompute`.
     """
     config = config_lib.build(step_lib.TrainConfig, settings.config, "config")
-    if settings.stride < 1:
-        raise UserError(f"--stride={settings.stride} must be at least 1.")
     # Of DIR/NAME/VERSION and DIR/NAME alike, NAME.
     names = [rlds.version_folder(source.path).parent.name for source in config.data.sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -296,8 +294,8 @@ def write(settings):
 def run():
     command.define_config("The run that the latents are for")
     flags.DEFINE_string("out", None, "folder of the datasets")
-    flags.DEFINE_integer("stride", 4, "steps from one clip to the next")
-    flags.DEFINE_integer("batch_size", 16, "clips that are encoded together")
+    flags.DEFINE_integer("stride", 4, "steps from one clip to the next", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "clips that are encoded together", lower_bound=1)
     flags.mark_flag_as_required("out")
     command.run(start, "repeat the command to continue with the files that are missing")
 

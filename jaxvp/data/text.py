@@ -54,15 +54,18 @@ class ByteTokenizer:
         Raises:
           UserError: the text has more than M bytes; a text that is cut may be another task.
         """
+        self.check(text, self.length)
         data = text.encode("utf-8")
-        if len(data) > self.length:
-            raise UserError(
-                f"The text has {len(data)} bytes, text_length is {self.length}: raise text_length. "
-                f"The text: {text!r}."
-            )
         tokens = np.zeros(self.length, np.int32)
         tokens[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + 1
         return tokens
+
+    @staticmethod
+    def check(text: str, length: int):
+        """Raises UserError when the text has more than `length` bytes."""
+        if (size := len(text.encode("utf-8"))) > length:
+            raise UserError(f"The text has {size} bytes, text_length is {length}: raise "
+                            f"text_length. The text: {text!r}.")
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of int32[M] tokens: the inverse of `encode`.

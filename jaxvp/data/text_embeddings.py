@@ -78,18 +78,22 @@ class TextEmbeddings:
         Raises:
           UserError: the text has not been embedded, or has more than `length` tokens.
         """
+        self.check(text, length)
+        tensor = self._tensors[_key(text)]
+        result = np.zeros((length, self.width), ml_dtypes.bfloat16)
+        result[:tensor.shape[0]] = tensor[()]
+        return result
+
+    def check(self, text: str, length: int):
+        """Raises what `lookup` does; reads nothing."""
         tensor = self._tensors.get(_key(text))
         if tensor is None:
             raise UserError(
                 f"{self.folder} has no embedding of the text {text!r}: add the texts of its "
                 f"dataset with `{COMMAND.format(folder=self.folder)}`.")
-        tokens = tensor.shape[0]
-        if tokens > length:
+        if (tokens := tensor.shape[0]) > length:
             raise UserError(f"The text has {tokens} tokens, text_length is {length}: raise "
                             f"text_length. The text: {text!r}.")
-        result = np.zeros((length, self.width), ml_dtypes.bfloat16)
-        result[:tokens] = tensor[()]
-        return result
 
 
 def lines(path: str | os.PathLike) -> list[str]:
@@ -106,13 +110,20 @@ def lines(path: str | os.PathLike) -> list[str]:
 
 
 def texts_of(episodes) -> set[str]:
-    """Every unified text, see `observation.describe`, of the `rlds.Episodes` of a split."""
+    """Every unified text, see `observation.describe`, of the `rlds.Episodes` of a split, but those
+    of records that cannot be read, which count as such when they are met."""
+    from jaxvp.data.record_index import BadRecord  # Who looks texts up needs no records.
+
     texts, small = set(), len(episodes) < 1000
     title = f"Texts of {episodes.folder} {episodes.split}"
     for record in rich.progress.track(range(len(episodes)), title, disable=small):
         robot, cameras = (episodes.text(name, record) for name in ("robot", "camera_text"))
+        try:
+            instructions = set(episodes.columns(record).instruction)
+        except BadRecord:
+            continue
         texts.update(observation.describe(robot, cameras, instruction.decode())
-                     for instruction in set(episodes.columns(record).instruction))
+                     for instruction in instructions)
     return texts
 
 

@@ -10,11 +10,12 @@ U-Nets transformers, its frames-as-views the unified canvas (Vidar, arXiv 2507.1
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxvp.config import build
+from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, build
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.observation import LAYOUTS, canvas
 from jaxvp.data.text_embeddings import TextEmbeddings
@@ -67,34 +68,35 @@ class VideoPolicy:
     video: Mapping
     head: Mapping
     text: Mapping = dataclasses.field(default_factory=dict)
-    text_tokens: int = 0
+    text_tokens: NonNegativeInt = 0
     codec: Mapping = dataclasses.field(default_factory=lambda: {"name": "pixel"})
-    taps: tuple[int, ...] = (2, 4)
+    taps: tuple[NonNegativeInt, ...] = (2, 4)
     proprioception: bool = True
-    prediction: str = "residual"
-    features: str = "noise"
-    sigma: str = "logit_normal"
-    shift: float = 1.0
-    timesteps: str = "continuous"
-    text_dropout: float = 0.1
-    action_draws: int = 4
-    action_shift: float = 1.0
-    state_dropout: float = 0.0
-    sampler: str = "euler"
-    video_steps: int = 10
-    action_steps: int = 10
-    guidance: float = 1.0
+    prediction: Literal["velocity", "residual"] = "residual"
+    features: Literal["shared", "noise"] = "noise"
+    sigma: Literal["logit_normal", "uniform"] = "logit_normal"
+    shift: PositiveFloat = 1.0
+    timesteps: Literal[*TIMESTEPS] = "continuous"
+    text_dropout: Share = 0.1
+    action_draws: PositiveInt = 4
+    action_shift: PositiveFloat = 1.0
+    state_dropout: Share = 0.0
+    sampler: Literal[*SAMPLERS] = "euler"
+    video_steps: PositiveInt = 10
+    action_steps: PositiveInt = 10
+    guidance: NonNegativeFloat = 1.0
 
     stages = ("video", "action", "joint")
     sharding_rules = tuple((f"video/{regex}", spec) for regex, spec in WAN_RULES)
 
     def __post_init__(self):
-        for name, value, choices in (("prediction", self.prediction, ("velocity", "residual")),
-                                     ("features", self.features, ("shared", "noise")),
-                                     ("timesteps", self.timesteps, tuple(TIMESTEPS)),
-                                     ("sampler", self.sampler, tuple(SAMPLERS))):
-            if value not in choices:
-                raise UserError(f"config.method.{name}={value!r}: expected one of {choices}")
+        if not self.spec.action_size:
+            raise UserError("config.data.action_size is 0, and the data has no actions: set it to "
+                            "the dimensions of the robot that the action head is for.")
+        blocks = range(self.transformer.layers)
+        if not self.taps or len(set(self.taps)) < len(self.taps) or set(self.taps) - set(blocks):
+            raise UserError(f"config.method.taps={self.taps}: expected different blocks of the "
+                            f"video transformer, 0 to {blocks[-1]}, and at least one.")
         _ = self.grid, self.action_head  # wrong sizes fail here, not on the device
         if (stored := tuple(self.spec.latents)) not in ((), self.latent_shape):
             raise UserError(f"config.data.latents={stored}: clips of this size have "

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxvp.config import NonNegativeInt, PositiveInt
 from jaxvp.models import module
 from jaxvp.models.attention import Attention
 from jaxvp.models.module import Linear
@@ -38,17 +39,22 @@ class ActionHead:
       chunk, action_size, state_size: P, A, S; state_size 0 leaves proprioception out.
       feature_width, taps: width of the video features and how many blocks are tapped.
       width, layers, heads: of the head's own transformer.
+      frequency_width: width of the timestep's sinusoid, even.
     """
 
-    chunk: int
-    action_size: int
-    state_size: int
-    feature_width: int
-    taps: int
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    frequency_width: int = 128
+    chunk: PositiveInt
+    action_size: PositiveInt
+    state_size: NonNegativeInt
+    feature_width: PositiveInt
+    taps: PositiveInt
+    width: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    frequency_width: PositiveInt = 128
+
+    def __post_init__(self):
+        module.check_multiple("action head", "width", self.width, self.heads, "its heads")
+        module.check_multiple("action head", "frequency_width", self.frequency_width, 2)
 
     def init(self, key: jax.Array) -> dict:
         stem, blocks, head = jax.random.split(key, 3)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jaxvp.config import PositiveInt
 from jaxvp.errors import UserError
 
 
@@ -64,7 +65,7 @@ class PixelCodec:
     Latents are float32 in [-1, 1], one latent frame per video frame.
     """
 
-    patch: int = 4
+    patch: PositiveInt = 4
 
     first_frames: ClassVar[int] = 1
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from jaxvp.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")  # In which a network may compute.
+
 Factory = Callable[[nnx.Rngs], nnx.Module]
 
 
@@ -33,3 +37,11 @@ def bind(factory: Factory, params: dict) -> nnx.Module:
     graph, state = nnx.split(nnx.eval_shape(lambda: factory(nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
+
+
+def check_multiple(of: str, field: str, value: int, factor: int, why: str = ""):
+    """Raises UserError unless the size `field` of the network `of` is a multiple of `factor`."""
+    if value % factor:
+        nearest = factor * max(1, round(value / factor))
+        raise UserError(f"{of}: {field} {value} must be a multiple of {factor}{why and ', '}{why}: "
+                        f"the nearest is {nearest}.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from jaxvp.errors import UserError
+from jaxvp.config import PositiveInt
 from jaxvp.models import module
 from jaxvp.models.attention import Attention
 from jaxvp.models.module import Linear
@@ -23,14 +23,14 @@ class ByteTextEncoder:
     of bytes is CANINE's downsampling (arXiv 2103.06874) without overlap.
     """
 
-    width: int = 64
-    stride: int = 8
-    length: int = 96
-    heads: int = 2
+    width: PositiveInt = 64
+    stride: PositiveInt = 8
+    length: PositiveInt = 96
+    heads: PositiveInt = 2
 
     def __post_init__(self):
-        if self.length % self.stride:
-            raise UserError(f"text length {self.length} is not a multiple of stride {self.stride}")
+        module.check_multiple("text encoder", "width", self.width, self.heads, "its heads")
+        module.check_multiple("text encoder", "length", self.length, self.stride, "its stride")
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxvp import rules, sharding
+from jaxvp.config import PositiveFloat, PositiveInt
 from jaxvp.errors import UserError
 from jaxvp.models import module
-from jaxvp.models.attention import Attention, rope_table
+from jaxvp.models.attention import IMPLEMENTATIONS, Attention, rope_table
 from jaxvp.models.module import Linear
 
 # Wan 2.1 T2V 1.3B and 14B (wan/configs/wan_t2v_*.py of Wan-Video/Wan2.1), which Wan 2.2 A14B
@@ -115,7 +117,7 @@ class VideoTransformer:
       patch: (t, h, w) latents merged into one token.
       width, layers, heads, ffn: D, L, K and the width of the feed-forward layer.
       text_width: width of the text encoder's tokens.
-      frequency_width: width of the timestep's sinusoid.
+      frequency_width: width of the timestep's sinusoid, even.
       epsilon: added to the variance in every norm.
       dtype: of the matmuls and of the residual stream; normalisation, modulation and gates are
         float32. Parameters of another dtype are cast once per use.
@@ -127,28 +129,24 @@ class VideoTransformer:
       unroll: blocks per iteration of the scan; more compile time, less copying on a CPU.
     """
 
-    channels: int
-    patch: tuple[int, int, int] = (1, 2, 2)
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    ffn: int = 512
-    text_width: int = 64
-    frequency_width: int = 256
-    epsilon: float = 1e-6
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "dots"
-    unroll: int = 1
+    channels: PositiveInt
+    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
+    width: PositiveInt = 128
+    layers: PositiveInt = 6
+    heads: PositiveInt = 4
+    ffn: PositiveInt = 512
+    text_width: PositiveInt = 64
+    frequency_width: PositiveInt = 256
+    epsilon: PositiveFloat = 1e-6
+    dtype: Literal[*module.DTYPES] = "float32"
+    attention: Literal["auto", *IMPLEMENTATIONS] = "auto"
+    remat: Literal["none", *REMAT] = "dots"
+    unroll: PositiveInt = 1
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
-            nearest = 2 * self.heads * max(1, round(self.width / (2 * self.heads)))
-            raise UserError(f"width {self.width} must be an even multiple of heads {self.heads}: "
-                            f"the nearest is {nearest}.")
-        if self.remat not in ("none", *REMAT):
-            raise UserError(f"remat {self.remat!r} does not exist: choose one of none, "
-                            f"{', '.join(REMAT)}.")
+        module.check_multiple("video transformer", "width", self.width, 2 * self.heads,
+                              "twice its heads")
+        module.check_multiple("video transformer", "frequency_width", self.frequency_width, 2)
 
     @property
     def parameter_count(self) -> int:

@@ -10,7 +10,7 @@ operations and the first frame's exceptions are those of the weights' authors
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxvp.config import NonNegativeInt
 from jaxvp.errors import UserError
 from jaxvp.models import module
 from jaxvp.models.attention import attend
@@ -89,19 +90,14 @@ class WanVAE:
         with the clip, instead of all at once; the result is the same.
     """
 
-    version: str = "2.1"
-    width: int = 0
-    decoder_width: int = 0
-    dtype: str = "float32"
+    version: Literal[*VERSIONS] = "2.1"
+    width: NonNegativeInt = 0
+    decoder_width: NonNegativeInt = 0
+    dtype: Literal[*module.DTYPES] = "float32"
     streaming: bool = True
 
     first_frames: ClassVar[int] = 1
     stride: ClassVar[int] = 4  # video frames per latent frame after the first
-
-    def __post_init__(self):
-        if self.version not in VERSIONS:
-            raise UserError(f"WanVAE: version {self.version!r} does not exist; there are "
-                            f"{', '.join(map(repr, VERSIONS))}.")
 
     @property
     def sizes(self) -> Version:

@@ -241,7 +241,7 @@ def test_the_command(dataset, tmp_path, flags, code):
     assert run.returncode == code and "Traceback" not in run.stderr, run.stderr
     assert (tmp_path / "data.html").exists() == (not code)
     if code:
-        assert run.stderr.strip().startswith("error: data.layout is 'x'; there are")
+        assert run.stderr.strip().startswith("error: config.data.layout: expected one of")
     else:
         assert ("cannot be trained on" in run.stdout) == bool(flags)
         assert "pretrain.py" in (tmp_path / "data.html").read_text()

@@ -198,7 +198,7 @@ def test_slow_motion_is_measured_at_the_rate_that_is_kept():
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="--fps must not be negative, found -1"):
+    with pytest.raises(ValueError, match="--fps: expected float >= 0, found -1"):
         Raw(raw="x", fps=-1)
     with pytest.raises(ValueError, match="--noops must be one of keep, drop, found 'no'"):
         Raw(raw="x", noops="no")

@@ -188,6 +188,12 @@ def test_latent_frames_count_when_all_their_frames_do():
         method._latent_mask(mask), [[True, True, True], [True, True, False], [True, True, False]])
 
 
+def test_an_action_head_needs_actions():
+    spec = dataclasses.replace(METHOD.spec, action_size=0)
+    with pytest.raises(ValueError, match="config.data.action_size is 0, and the data has no act"):
+        dataclasses.replace(METHOD, spec=spec)
+
+
 def test_wans_autoencoder_and_embedded_text():
     """The shape of Wan in small: latents of a VAE that is not trained, text that is embedded."""
     spec = dataclasses.replace(SPEC, num_frames=5, height=32, width=32, text_length=4,

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,12 @@ from jaxvp.models.action_head import ActionHead, position_table
 
 HEAD = ActionHead(chunk=4, action_size=3, state_size=2, feature_width=8, taps=2, width=16, layers=2,
                   heads=2)
+
+
+@pytest.mark.parametrize("changes", [{"heads": 3}, {"frequency_width": 9}])
+def test_sizes_that_do_not_divide(changes):
+    with pytest.raises(ValueError, match="action head: .* must be a multiple of"):
+        dataclasses.replace(HEAD, **changes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

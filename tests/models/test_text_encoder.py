@@ -14,6 +14,8 @@ def test_tokens_follow_the_text():
     assert jnp.abs(out[0] - out[1]).max() > 1e-2
 
 
-def test_stride_must_divide_length():
-    with pytest.raises(ValueError, match="not a multiple of stride"):
+def test_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="length 12 must be a multiple of 5, its stride"):
         ByteTextEncoder(stride=5, length=12)
+    with pytest.raises(ValueError, match="text encoder: width 10 must be a multiple of 4, its hea"):
+        ByteTextEncoder(width=10, heads=4)

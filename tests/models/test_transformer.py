@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvp.config import build
 from jaxvp.models.transformer import REMAT, SIZES, VideoTransformer, resolve_size, sinusoid
 
 MODEL = VideoTransformer(channels=12, width=32, layers=3, heads=2, ffn=48, text_width=8)
@@ -155,9 +156,13 @@ def test_bad_sizes_are_named(params, inputs):
         MODEL(params, *inputs, taps=(3,))
     with pytest.raises(ValueError, match="velocity=False"):
         MODEL(params, *inputs, velocity=False)
-    with pytest.raises(ValueError, match="heads 4: the nearest is 32"):
+    with pytest.raises(ValueError, match="multiple of 8, twice its heads: the nearest is 32"):
         VideoTransformer(channels=4, width=30, heads=4)
-    with pytest.raises(ValueError, match="remat 'half' does not exist: choose one of none, full"):
-        VideoTransformer(channels=4, remat="half")
+    with pytest.raises(ValueError, match="frequency_width 7 must be a multiple of 2"):
+        VideoTransformer(channels=4, frequency_width=7)
+    for field, choices in (("remat", "'none', 'full'"), ("attention", "'auto', 'xla'"),
+                           ("dtype", "'float32', 'bfloat16'")):
+        with pytest.raises(ValueError, match=rf"c.{field}: expected one of \[{choices}.* 'half'"):
+            build(VideoTransformer, {"channels": 4, field: "half"}, "c")
     with pytest.raises(ValueError, match="timesteps do not divide"):
         MODEL(params, latents, jnp.ones((2, 4)), text)

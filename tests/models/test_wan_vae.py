@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxvp import flops
+from jaxvp.config import build
 from jaxvp.models import wan_vae as wan_vae_lib
 from jaxvp.models.wan_vae import VERSIONS, WanVAE
 from jaxvp.sharding import MeshConfig, make_mesh
@@ -157,8 +158,8 @@ def test_names_bad_sizes(size, message):
 
 
 def test_names_bad_versions_and_latents():
-    with pytest.raises(ValueError, match=r"version '2\.3' does not exist; there are '2\.1', "):
-        WanVAE("2.3")
+    with pytest.raises(ValueError, match=r"c.version: expected one of \['2.1', '2.2'\], found"):
+        build(WanVAE, {"version": "2.3"}, "c")
     with pytest.raises(ValueError, match="latents of 16 channels, got 48"):
         WanVAE("2.1").decode({}, np.zeros((1, 2, 2, 2, 48), np.float32))
 
