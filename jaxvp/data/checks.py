@@ -1,7 +1,6 @@
 """What a run would meet late, or never notice, looked at when the data is opened: its texts, robots
 and lengths."""
 
-import hashlib
 import json
 import operator
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import numpy as np
 from jaxvp.data import rates
 from jaxvp.data.clips import ClipSpec
 from jaxvp.data.rlds import Episodes, cached
+from jaxvp.data.statistics import digest
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings, texts_of
 from jaxvp.errors import UserError
@@ -23,12 +23,10 @@ RATE = "steps per second"
 
 def distinct_texts(episodes: Episodes) -> list[str]:
     """The unified texts of these records, sorted; read once, and kept beside the data."""
-    seen = hashlib.sha256(episodes.digest.encode() + episodes.rows["number"].tobytes())
-
     def make(folder: Path):
         (folder / "texts.json").write_text(json.dumps(sorted(texts_of(episodes))))
 
-    name = f"texts-{episodes.split}-{seen.hexdigest()[:16]}-v1"
+    name = f"texts-{episodes.split}-{digest([episodes])}-v1"
     return json.loads((cached(episodes.folder, name, make) / "texts.json").read_text())
 
 

@@ -12,24 +12,21 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import grain
 import numpy as np
-import rich.progress
 
 from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
 from jaxvp.data import checks, normalize, rates, rlds
 from jaxvp.data.clips import BatchReader, Clips, ClipSpec
-from jaxvp.data.normalize import Normalizer, StatsStream
+from jaxvp.data.normalize import Normalizer
 from jaxvp.data.observation import LAYOUTS
-from jaxvp.data.rlds import BadRecord, Episodes, cached
+from jaxvp.data.rlds import Episodes
+from jaxvp.data.statistics import digest, known, normalizers_of
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
 
-# Quantiles are of at most this many steps of a robot, drawn from all.
-MAX_STATISTICS_STEPS = 2_000_000
 # Examples of a run; with sys.maxsize, Grain's own infinity, the length of batches of one overflows.
 ENDLESS = 1 << 60
 
@@ -146,7 +143,7 @@ class BatchIterator:
         self._batches, self._sources, self._batch_size = batches, sources, batch_size
         self._read, self._iterator, self.notes = read, None, notes
         self.spec, self.normalizers = sources[0].spec, sources[0].normalizers
-        self._digest = _digest([source.episodes for source in sources])
+        self._digest = digest([source.episodes for source in sources])
         self._seek(0)
 
     def __iter__(self):
@@ -236,7 +233,8 @@ def train_iterator(
     """
     opened = dict(enumerate(open_source(config, source) for source in config.sources))
     checks.check_robots(opened.values())
-    normalizers, notes = _known(_statistics(config, list(opened.values())), normalizers or {})
+    found = normalizers_of(list(opened.values()), config.normalization)
+    normalizers, notes = known(found, normalizers or {})
     clips = _clips(config, opened, normalizers)
     notes += checks.check_lengths(clip_spec(config, normalizers), opened.values())
     if (total := sum(map(len, clips.values()))) < batch_size:
@@ -246,38 +244,6 @@ def train_iterator(
     batches = _batches(config, clips, batch_size, seed, process_index, process_count, ahead + 2)
     read = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     return BatchIterator(batches, list(clips.values()), batch_size, read, notes)
-
-
-def _known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
-           ) -> tuple[dict[str, Normalizer], list[str]]:
-    """The normalizers of the robots in the data, from `before` where it has them: what parameters
-    were trained with goes with them. And notes on those that the data would have changed.
-
-    Raises:
-      UserError: a robot has other dimensions than before, or is normalised in another way.
-    """
-    result, notes = {}, []
-    for robot, new in found.items():
-        old = before.get(robot)
-        if old is None:
-            result[robot] = new
-            continue
-        if old.mode != new.mode:
-            raise UserError(f"data.normalization is {new.mode!r}; the checkpoint knows {robot!r} "
-                            f"by {old.mode!r}.")
-        columns = {}
-        for column in ("action", "state"):
-            was, now = getattr(old, column), getattr(new, column)
-            if was and now and (was.names, was.units) != (now.names, now.units):
-                raise UserError(f"{column} of {robot!r} has the dimensions {now.names} in "
-                                f"{now.units}; the checkpoint knows it with {was.names} in "
-                                f"{was.units}. Give the robot another name.")
-            columns[column] = was or now
-            if was and now and was != now:
-                notes.append(f"{column} of {robot!r} is normalised as in the checkpoint, by its "
-                             f"{was.count} steps, not by the {now.count} of this data.")
-        result[robot] = Normalizer(**columns, mode=old.mode)
-    return result, notes
 
 
 def validation_batches(
@@ -383,70 +349,8 @@ def statistics(config: DataConfig) -> dict[str, Normalizer]:
       UserError: as `open_source`, or a robot has other dimensions in another
         dataset.
     """
-    return _statistics(config, [open_source(config, source) for source in config.sources])
-
-
-def _statistics(config: DataConfig, sources: Sequence[Episodes]) -> dict[str, Normalizer]:
-    def make(folder: Path):
-        (folder / "statistics.json").write_text(json.dumps(_compute_statistics(sources)))
-
-    name = f"statistics-{_digest(sorted(sources, key=lambda s: _digest([s])))}-v3"
-    folder = cached(sources[0].folder, name, make)
-    return {
-        robot: Normalizer.from_dict(columns | {"mode": config.normalization})
-        for robot, columns in json.loads((folder / "statistics.json").read_text()).items()
-    }
-
-
-def _digest(sources: Sequence[Episodes]) -> str:
-    """16 hexadecimal digits of the content of these sources, in this order."""
-    digest = hashlib.sha256()
-    for episodes in sources:
-        part = episodes.digest.encode() + episodes.rows["number"].tobytes()
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:16]
-
-
-def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
-    """{robot: {"action": statistics or None, "state": the same}}, as JSON values."""
-    result = {}
-    for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
-        records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
-        streams: dict[str, StatsStream] = {}
-        title = f"Statistics of {robot}, once"
-        for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
-            try:
-                steps = episodes.columns(record)
-                actions = steps.action if episodes.has_action[record] else None
-                columns = ("action", actions), ("state", steps.state)
-            except BadRecord:  # Training counts it when it meets it.
-                continue
-            keys = _keys(episodes, record)
-            for column, values in columns:
-                if values is None:
-                    continue
-                found = episodes.names[column], episodes.units[column]
-                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
-                if (stream.names, stream.units) != found:
-                    raise UserError(
-                        f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
-                        f"and {found} in {episodes.folder}: give them different robot names."
-                    )
-                stream.add(values, keys)
-        result[robot] = {
-            column: dataclasses.asdict(streams[column].result()) if column in streams else None
-            for column in ("action", "state")
-        }
-    return result
-
-
-def _keys(episodes: Episodes, record: int) -> np.ndarray:
-    """uint64[L], a random number of each step of a record: always the same for the same step of an
-    episode, whatever record and file it is in."""
-    name = f"{episodes.text('dataset', record)}/{episodes.text('episode_id', record)}"
-    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
-    bits.advance(int(episodes.offsets[record]))
-    return bits.random_raw(int(episodes.lengths[record]))
+    sources = [open_source(config, source) for source in config.sources]
+    return normalizers_of(sources, config.normalization)
 
 
 def clip_spec(

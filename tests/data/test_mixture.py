@@ -13,7 +13,7 @@ from synthetic import LENGTHS, action, damage, state, write
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxvp.config import build
-from jaxvp.data import array_record, mixture
+from jaxvp.data import array_record, mixture, statistics
 from jaxvp.data.mixture import DataConfig
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.errors import UserError
@@ -131,7 +131,7 @@ def test_state_of_another_batch_size(two):
     expected = np.concatenate([batch["state"] for batch in take(iterator, 3)])
     found = np.concatenate([batch["state"] for batch in take(double, 2)])
     np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match="12 examples, is not a multiple of batch_size 5"):
+    with pytest.raises(ValueError, match="24 examples, is not a multiple of batch_size 5"):
         mixture.train_iterator(cfg, 5, seed=5).set_state(iterator.get_state())
 
 
@@ -305,7 +305,7 @@ def test_statistics_are_cached_by_content(make_dataset, monkeypatch):
     folder = make_dataset("cached")
     first = mixture.statistics(config(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(mixture, "_compute_statistics", lambda sources: pytest.fail("computed again"))
+        patch.setattr(statistics, "compute", lambda sources: pytest.fail("computed again"))
         assert mixture.statistics(config(folder)) == first
         quantile = mixture.statistics(config(folder, normalization="quantile"))
     assert quantile["test robot"].action == first["test robot"].action
@@ -371,7 +371,7 @@ def test_only_quantiles_are_of_a_sample(make_dataset, monkeypatch, limit):
     lengths = tuple(range(3, 20))
     rows = np.stack([action(number, step) for number, length in enumerate(lengths)
                      for step in range(length)]).astype(np.float64)
-    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", limit)
+    monkeypatch.setattr(statistics, "MAX_STATISTICS_STEPS", limit)
     found = mixture.statistics(config(make_dataset("many", lengths=lengths)))["test robot"].action
     assert found.count == len(rows)
     assert (found.min, found.max) == (tuple(rows.min(0)), tuple(rows.max(0)))
@@ -384,12 +384,12 @@ def test_only_quantiles_are_of_a_sample(make_dataset, monkeypatch, limit):
 
 def test_a_sample_does_not_depend_on_records_and_sources(make_dataset, monkeypatch):
     """Episodes that are cut into other records, and sources in another order."""
-    monkeypatch.setattr(mixture, "MAX_STATISTICS_STEPS", 30)
+    monkeypatch.setattr(statistics, "MAX_STATISTICS_STEPS", 30)
     folders = [make_dataset(name, max_steps=steps) for name, steps in (("a", 600), ("b", 4))]
     other = make_dataset("other", lengths=(30,))
     opened = [[mixture.open_source(cfg := config(path), cfg.sources[0]) for path in paths]
               for paths in ((folders[0], other), (other, folders[0]), (other, folders[1]))]
-    first, *others = [mixture._compute_statistics(sources)["test robot"]["action"]
+    first, *others = [statistics.compute(sources)["test robot"]["action"]
                       for sources in opened]
     for found in others:
         for name, value in first.items():

@@ -1,0 +1,113 @@
+"""Statistics of the actions and states of every robot, computed once and kept beside the data."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import rich.progress
+
+from jaxvp.data.normalize import Normalizer, StatsStream
+from jaxvp.data.rlds import BadRecord, Episodes, cached
+from jaxvp.errors import UserError
+
+# Quantiles are of at most this many steps of a robot, drawn from all.
+MAX_STATISTICS_STEPS = 2_000_000
+
+
+def normalizers_of(sources: Sequence[Episodes], mode: str) -> dict[str, Normalizer]:
+    """Robot to normalizer, see `mixture.statistics`; `mode` is one of `normalize.MODES`."""
+    def make(folder: Path):
+        (folder / "statistics.json").write_text(json.dumps(compute(sources)))
+
+    name = f"statistics-{digest(sorted(sources, key=lambda s: digest([s])))}-v3"
+    folder = cached(sources[0].folder, name, make)
+    return {
+        robot: Normalizer.from_dict(columns | {"mode": mode})
+        for robot, columns in json.loads((folder / "statistics.json").read_text()).items()
+    }
+
+
+def digest(sources: Sequence[Episodes]) -> str:
+    """16 hexadecimal digits of the content of these sources, in this order."""
+    seen = hashlib.sha256()
+    for episodes in sources:
+        part = episodes.digest.encode() + episodes.rows["number"].tobytes()
+        seen.update(hashlib.sha256(part).digest())
+    return seen.hexdigest()[:16]
+
+
+def compute(sources: Sequence[Episodes]) -> dict[str, dict]:
+    """{robot: {"action": statistics or None, "state": the same}}, as JSON values."""
+    result = {}
+    for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
+        records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
+        streams: dict[str, StatsStream] = {}
+        title = f"Statistics of {robot}, once"
+        for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
+            try:
+                steps = episodes.columns(record)
+                actions = steps.action if episodes.has_action[record] else None
+                columns = ("action", actions), ("state", steps.state)
+            except BadRecord:  # Training counts it when it meets it.
+                continue
+            keys = _keys(episodes, record)
+            for column, values in columns:
+                if values is None:
+                    continue
+                found = episodes.names[column], episodes.units[column]
+                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
+                if (stream.names, stream.units) != found:
+                    raise UserError(
+                        f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
+                        f"and {found} in {episodes.folder}: give them different robot names."
+                    )
+                stream.add(values, keys)
+        result[robot] = {
+            column: dataclasses.asdict(streams[column].result()) if column in streams else None
+            for column in ("action", "state")
+        }
+    return result
+
+
+def _keys(episodes: Episodes, record: int) -> np.ndarray:
+    """uint64[L], a random number of each step of a record: always the same for the same step of an
+    episode, whatever record and file it is in."""
+    name = f"{episodes.text('dataset', record)}/{episodes.text('episode_id', record)}"
+    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+    bits.advance(int(episodes.offsets[record]))
+    return bits.random_raw(int(episodes.lengths[record]))
+
+
+def known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
+          ) -> tuple[dict[str, Normalizer], list[str]]:
+    """The normalizers of the robots in the data, from `before` where it has them: what parameters
+    were trained with goes with them. And notes on those that the data would have changed.
+
+    Raises:
+      UserError: a robot has other dimensions than before, or is normalised in another way.
+    """
+    result, notes = {}, []
+    for robot, new in found.items():
+        old = before.get(robot)
+        if old is None:
+            result[robot] = new
+            continue
+        if old.mode != new.mode:
+            raise UserError(f"data.normalization is {new.mode!r}; the checkpoint knows {robot!r} "
+                            f"by {old.mode!r}.")
+        columns = {}
+        for column in ("action", "state"):
+            was, now = getattr(old, column), getattr(new, column)
+            if was and now and (was.names, was.units) != (now.names, now.units):
+                raise UserError(f"{column} of {robot!r} has the dimensions {now.names} in "
+                                f"{now.units}; the checkpoint knows it with {was.names} in "
+                                f"{was.units}. Give the robot another name.")
+            columns[column] = was or now
+            if was and now and was != now:
+                notes.append(f"{column} of {robot!r} is normalised as in the checkpoint, by its "
+                             f"{was.count} steps, not by the {now.count} of this data.")
+        result[robot] = Normalizer(**columns, mode=old.mode)
+    return result, notes
