@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import grain
 import numpy as np
+import rich.markup
 import rich.progress
 
 from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
@@ -414,7 +415,8 @@ def _compute_statistics(sources: Sequence[Episodes]) -> dict[str, dict]:
         records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
         streams: dict[str, StatsStream] = {}
         title = f"Statistics of {robot}, once"
-        for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
+        for episodes, record in rich.progress.track(
+                records, rich.markup.escape(title), disable=len(records) < 1000):
             try:
                 steps = episodes.columns(record)
                 actions = steps.action if episodes.has_action[record] else None
