@@ -227,7 +227,8 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
 
     Args:
       path: the folder; it is made, and holds nothing yet.
-      manifest: the fields of `Manifest` but format_version, files and sha256, as JSON values.
+      manifest: the fields of `Manifest` as JSON values; format_version, files and sha256 are filled
+        in.
       params: nested dict of arrays, in the dtypes of the exported functions.
       act, imagine: `jax.export.Exported.serialize()` of the functions.
       text_embeddings: folder to copy, when the manifest has a text_width.

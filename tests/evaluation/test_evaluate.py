@@ -124,8 +124,7 @@ def test_wrong_settings(settings, message, tmp_path):
 
 def test_rates_are_the_same_within_a_tolerance(tmp_path):
     """A rate came through float32, or is 30000/1001 here and 29.97 there."""
-    manifest = toy_bundle.manifest(fps=10.00001, format_version=1)
-    (tmp_path / "policy.json").write_text(json.dumps(manifest))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(fps=10.00001))
     evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
 
 
