@@ -18,12 +18,11 @@ from result import hardware
 from rich.table import Table
 
 from jaxvp import checkpoint
-from jaxvp import config as config_lib
 from jaxvp.data import augment, mixture
-from jaxvp.data.clips import ClipSpec
 from jaxvp.data.normalize import Normalizer
 from jaxvp.evaluation.video_quality import psnr, ssim
-from jaxvp.step import TrainConfig, make_method
+from jaxvp.export import read_assets
+from jaxvp.step import make_method
 from jaxvp.train import observe
 
 
@@ -35,14 +34,12 @@ def main():
     parser.add_argument("--picture", help="where a picture of predictions over truths goes")
     settings = parser.parse_args()
 
-    assets = checkpoint.restore_json(settings.workdir, "assets")
-    config = config_lib.build(TrainConfig, assets["config"], "config")
+    assets, config, spec = read_assets(settings.workdir)
     normalizers = {name: Normalizer.from_dict(value)
                    for name, value in assets["normalizers"].items()}
     size = config.batch_size
     batches = mixture.validation_batches(config.data, size, -(-settings.clips // size),
                                          normalizers=normalizers)
-    spec = config_lib.build(ClipSpec, assets["spec"], "spec")
     method = make_method(config, spec)
     params = checkpoint.restore_params(settings.workdir)
 

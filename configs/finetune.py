@@ -13,6 +13,7 @@ tasks, 20 trials each (benchmarks/results/tabletop_all.json).
 from ml_collections import ConfigDict
 
 from configs import pretrain
+from jaxvp.errors import UserError
 
 VARIANTS = {
     "": {"init_from": "runs/pretrain", "steps": 2600},
@@ -23,7 +24,7 @@ VARIANTS = {
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
-        raise ValueError(f"configs/finetune.py:{variant}: variants are {sorted(VARIANTS)}.")
+        raise UserError(f"configs/finetune.py:{variant}: variants are {sorted(VARIANTS)}.")
     config = pretrain.get_config("all" if variant == "all" else "")
     config.stage = "action"
     config.update(VARIANTS[variant])

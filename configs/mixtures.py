@@ -31,6 +31,8 @@ sources, with the weights and the views of that mixture.
 
 from ml_collections import ConfigDict
 
+from jaxvp.errors import UserError
+
 ABSENT = {"left_wrist": None, "right_wrist": None}
 VIDAR = {"weight": None, "min_views": 3, "min_seconds": 4.0}
 
@@ -126,6 +128,6 @@ BUILD = {
 def get_config(name: str = "") -> ConfigDict:
     """Clips of 17 frames and 16 actions of a mixture, to look at."""
     if name not in MIXTURES:
-        raise ValueError(f"No mixture {name!r} in configs/mixtures.py: there are {[*MIXTURES]}.")
+        raise UserError(f"No mixture {name!r} in configs/mixtures.py: there are {[*MIXTURES]}.")
     clip = {"num_frames": 17, "chunk": 16, "image_size": 256}
     return ConfigDict({"data": MIXTURES[name] | clip})

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from configs.mixtures import MIXTURES
 from jaxvp.config import complete
+from jaxvp.errors import UserError
 from jaxvp.step import TrainConfig
 
 TABLETOP = {
@@ -63,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config = tabletop(**TABLETOP[variant])
     else:
         known = sorted({*TABLETOP, *WAN, *STORED})
-        raise ValueError(f"configs/pretrain.py:{variant}: variants are {known}.")
+        raise UserError(f"configs/pretrain.py:{variant}: variants are {known}.")
     return ConfigDict(complete(TrainConfig, config))
 
 

@@ -1,7 +1,17 @@
 """Refusals, and how a command ends over one."""
 
 import contextlib
+import errno
+import os
+import re
 import sys
+
+# What libraries in C++ raise in its place: TensorStore (of Orbax) a ValueError, ArrayRecord a
+# RuntimeError. They say it in the text.
+TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]")
+TENSORSTORE_FILE = re.compile(r'"(/[^"]*)": ')
+ARRAY_RECORD = re.compile(r"^\w+\(\) failed: ([^;]+); (?:opening|reading|writing) ([^;]+)")
+NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 class UserError(ValueError):
@@ -31,11 +41,38 @@ def one_line(error: BaseException, stopped: str = "") -> str | None:
     """
     if isinstance(error, UserError):
         return f"error: {error}"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"error: {describe(error)}"
+    if refusal := os_error(error):
+        return f"error: {describe(refusal)}"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped{stopped and ': '}{stopped}"
     return None
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """What the operating system refused: `error` itself, what it was raised from, or what its text
+    says where it is TensorStore's or ArrayRecord's; None for every other exception."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        if found := TENSORSTORE_CODE.search(str(error)):
+            number, files = int(found[1]), TENSORSTORE_FILE.findall(str(error))
+            return OSError(number, os.strerror(number), *files[-1:])
+        if (found := ARRAY_RECORD.match(str(error))) and found[1] in NUMBERS:
+            return OSError(NUMBERS[found[1]], *found.groups())
+        error = error.__cause__
+    return None
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Around the writing of the file `path`: an OSError that names none names this one. Python
+    does not say which file it could not write to, when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def describe(error: OSError) -> str:

@@ -17,21 +17,23 @@ from pathlib import Path
 
 import jax
 import rich.console
-import rich.markup
 import rich.progress
 import rich.table
 from absl import flags
+from etils import epath
 
 from jaxvp import command
 from jaxvp.config import check_keys
 from jaxvp.data import observation, rates
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
 from jaxvp.evaluation import baselines, report, tabletop
 from jaxvp.evaluation.protocol import Protocol, Suite
 from jaxvp.evaluation.rollout import Policy, rollouts
 from jaxvp.policy import bundle as policy_bundle
+from jaxvp.policy import digests
 from jaxvp.policy.runner import PolicyRunner
 
 SUITES = (*tabletop.SUITES, *libero.SUITES)
@@ -123,9 +125,10 @@ def make_plan(settings: Settings) -> Plan:
             f"--trials={protocol.trials}: {protocol.suite} has {protocol.max_trials} trials.")
     if manifest:
         check_fit(manifest, suite, protocol)
+        check_texts(settings.bundle, manifest, suite, protocol)
     make_policy = _policy_maker(settings, suite, protocol)
     if not settings.dry_run:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        command.make_folder(settings.out)
     return Plan(settings, suite, protocol, make_policy, manifest)
 
 
@@ -179,7 +182,7 @@ def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol
     """Makes sure that the bundle's policy means by its inputs and outputs what the suite does.
 
     Raises:
-      UserError: it does not, or an instruction is too long for it.
+      UserError: it does not.
     """
     fps = protocol.fps if rates.same(manifest.fps, protocol.fps) else manifest.fps
     absent = [c for c in manifest.cameras if c is not None and c not in protocol.cameras]
@@ -195,10 +198,30 @@ def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol
                 f"The bundle does not fit --suite={protocol.suite}: {what}: the bundle has {ours}, "
                 f"the suite {theirs}. Choose the suite of the data that it was trained on."
             )
-    tokenizer = ByteTokenizer(manifest.text_length)
-    for task in protocol.tasks:
-        tokenizer.encode(observation.describe(
-            manifest.robot, manifest.camera_text, suite.instruction(task)))
+
+
+def check_texts(bundle: str, manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol):
+    """Makes sure that the policy can read the instruction of every task.
+
+    Raises:
+      UserError: one is too long, or has no embedding in the bundle.
+    """
+    texts = [observation.describe(manifest.robot, manifest.camera_text, suite.instruction(task))
+             for task in protocol.tasks]
+    if not manifest.text_width:
+        for text in texts:
+            ByteTokenizer(manifest.text_length).encode(text)
+        return
+    digests.check_files(epath.Path(bundle).resolve(), manifest.files, "text_embeddings")
+    embeddings = TextEmbeddings(Path(bundle) / "text_embeddings")
+    missing = [text for text in texts if text not in embeddings]
+    if missing:
+        raise UserError(
+            f"{embeddings.folder} has no embedding of {len(missing)} of the {len(texts)} texts of "
+            f"--suite={protocol.suite}, such as {missing[0]!r}: add them to the folder that the "
+            "training's config.data.text_embeddings names, and export again.")
+    for text in texts:
+        embeddings.lookup(text, manifest.text_length)
 
 
 def _policy_maker(settings: Settings, suite: Suite, protocol: Protocol) -> Callable[[], Policy]:
@@ -221,7 +244,7 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
     instructions = {task: plan.suite.instruction(task) for task in protocol.tasks}
     rows = []
     with rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
@@ -266,11 +289,11 @@ def print_plan(plan: Plan, console: rich.console.Console):
     for name, value in plan.protocol.to_dict().items():
         if name != "tasks":
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            table.add_row(name, rich.markup.escape(text))
+            table.add_row(name, text)
     console.print(table)
     for task in plan.protocol.tasks:
         number = plan.suite.protocol.tasks.index(task)
-        console.print(f"{number:3d} {task}: {plan.suite.instruction(task)}", highlight=False)
+        console.print(f"{number:3d} {task}: {plan.suite.instruction(task)}", soft_wrap=True)
 
 
 def print_results(found: dict, out: Path, console: rich.console.Console):
@@ -288,12 +311,12 @@ def print_results(found: dict, out: Path, console: rich.console.Console):
     if found["latency"]:
         console.print("{calls} policy calls: mean {mean_ms:.1f} ms, 95th percentile {p95_ms:.1f} ms"
                       .format(**found["latency"]))
-    console.print(f"{out / 'report.html'}\n{out / 'results.json'}", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'report.html'}\n{out / 'results.json'}", soft_wrap=True)
 
 
 def start(values):
     """Evaluates what the flags say."""
-    console = rich.console.Console()
+    console = command.console()
     names = (field.name for field in dataclasses.fields(Settings))
     settings = Settings(**{name: values[name].value for name in names})
     plan = make_plan(settings)

@@ -15,24 +15,30 @@ from jaxvp import checkpoint, command
 from jaxvp import config as config_lib
 from jaxvp.data import augment, checks
 from jaxvp.data.clips import ClipSpec
+from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
+from jaxvp.methods.base import Method
 from jaxvp.models import attention
-from jaxvp.policy import bundle
+from jaxvp.policy import bundle, program
+from jaxvp.rules import named_leaves
 from jaxvp.step import TrainConfig, make_method
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+ASSETS = {"config", "spec", "normalizers", "embodiments", "versions", "git_revision"}
 
 
 def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot: str | None = None):
     """Writes the bundle of the averaged parameters in `workdir` to `out`.
 
     Raises:
-      CheckpointError, UserError: no checkpoint, no empty folder, no such robot.
+      CheckpointError, UserError: no checkpoint, or one of another version; no empty folder, no such
+        robot, a stage that trains no policy.
+      OSError: the bundle cannot be written.
     """
-    assets = checkpoint.restore_json(workdir, "assets")
+    if batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, found {batch_size}.")
+    assets, config, spec = read_assets(workdir)
     step = checkpoint.restore_json(workdir, "progress")["step"]
-    config = config_lib.build(TrainConfig, assets["config"], "config")
-    spec = config_lib.build(ClipSpec, assets["spec"], "spec")
     spec, crop = dataclasses.replace(spec, latents=()), config.data.crop  # A policy sees pictures.
     # The runner resizes a picture to this; of a larger one a part is as sharp as in training.
     image_size = (crop < 1 and spec.source_size) or (spec.height, spec.width)
@@ -44,7 +50,15 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
             f"--robot={robot}: {workdir} was trained on the actions of {robots}; name one.")
     normalizer, embodiment = assets["normalizers"][robot], assets["embodiments"][robot]
     method = make_method(config, spec)
+    if config.stage not in method.policy_stages:
+        raise UserError(
+            f"{workdir} is of the stage {config.stage!r}, which trains no policy: train one from "
+            f"it, with config.stage one of {method.policy_stages} and config.init_from={workdir}.")
     params = checkpoint.restore_params(workdir)
+    check_params(workdir, method, params)
+    if spec.text_width:
+        TextEmbeddings(config.data.text_embeddings)  # Not there: said before anything is made.
+    bundle.claim(out)
 
     views = len(spec.cameras)
     row = {
@@ -64,8 +78,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
             seen = augment.fit(seen, spec, crop=crop)
             return function(params, seen, jax.random.wrap_key_data(keys))
         with attention.portable():
-            program = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys)
-        return program.serialize()
+            made = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, seen, keys)
+        program.check(made, f"{config.method['name']}.{function.__name__}")
+        return made.serialize()
 
     options = embodiment["options"]
     manifest = {
@@ -86,6 +101,33 @@ def export(workdir: epath.PathLike, out: epath.PathLike, batch_size: int, robot:
     bundle.save(out, manifest, params, exported(method.act), exported(method.imagine),
                 config.data.text_embeddings)
     print(f"{out}: {manifest['method']} after step {step} of stage {config.stage}, for {robot}.")
+
+
+def read_assets(workdir: epath.PathLike) -> tuple[dict, TrainConfig, ClipSpec]:
+    """The assets of a checkpoint, see `checkpoint.run_assets`, and the config and spec in them.
+
+    Raises:
+      CheckpointError, UserError: there is no checkpoint, or one of another version of jaxvp.
+    """
+    assets = checkpoint.restore_json(workdir, "assets")
+    if absent := ASSETS - assets.keys():
+        raise UserError(f"{workdir} was written by another version of jaxvp, without "
+                        f"{', '.join(sorted(absent))}: use that one, or train again.")
+    written = f"{workdir} of jaxvp {assets['versions']['jaxvp']} {assets['git_revision'][:12]}"
+    return (assets, config_lib.build(TrainConfig, assets["config"], f"{written}: config"),
+            config_lib.build(ClipSpec, assets["spec"], f"{written}: spec"))
+
+
+def check_params(workdir: epath.PathLike, method: Method, params: dict):
+    """Raises UserError unless the parameters are those of the method as it is now."""
+    wanted, found = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in
+                     (jax.eval_shape(method.init, jax.random.key(0)), params))
+    for name in sorted(wanted | found):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{workdir} was written by another version of jaxvp, with other parameters, such "
+                f"as {name}: expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}. "
+                "Use that one, or train again.")
 
 
 def start(settings):

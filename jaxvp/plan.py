@@ -19,8 +19,10 @@ slowest host, or the input pipeline. Nothing here was measured on a TPU.
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import time
 import types
@@ -30,7 +32,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import rich.console
 from absl import flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,7 +40,7 @@ from jaxvp import chips, command, hlo_analysis, rules, sharding, step
 from jaxvp import config as config_lib
 from jaxvp.chips import Machine
 from jaxvp.data import mixture
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, naming
 from jaxvp.flops import model_flops
 from jaxvp.plan_report import gib, report, report_sweep
 
@@ -357,7 +358,9 @@ def to_json(plan: Plan) -> dict:
 def start(settings):
     """Plans what the flags say."""
     machine = chips.parse(settings.topology, settings.slices)
-    console = rich.console.Console()
+    if settings.json:
+        _check_file(Path(settings.json))
+    console = command.console()
     if not machine.chip.axes and not settings.dry_run:
         console.print(f"{machine}: absent GPUs cannot be compiled for; this is --dry_run.")
     config = config_lib.build(step.TrainConfig, settings.config, "config")
@@ -378,7 +381,15 @@ def start(settings):
         result["sweep"] = [{"topology": str(m), "chips": m.chips, "error": p}
                            if isinstance(p, str) else to_json(p) for m, p in plans]
     if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=2, default=_plain) + "\n")
+        with naming(settings.json):
+            Path(settings.json).write_text(json.dumps(result, indent=2, default=_plain) + "\n")
+
+
+def _check_file(path: Path):
+    """Raises OSError where a file cannot be written; before minutes of compilation."""
+    command.make_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
 def _plain(value):

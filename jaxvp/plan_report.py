@@ -36,11 +36,14 @@ def report(plan, console: rich.console.Console):
     console.print(table)
     if plan.roofline:
         _report_times(plan, console)
-    console.print("Fits." if plan.fits else
-                  f"[bold red]Does not fit[/]: {gib(plan.hbm_bytes_per_chip)} of "
-                  f"{gib(plan.hbm_capacity_bytes)} per chip. Change one or more:")
+    if plan.fits:
+        console.print("Fits.")
+    else:
+        console.print(f"Does not fit: {gib(plan.hbm_bytes_per_chip)} of "
+                      f"{gib(plan.hbm_capacity_bytes)} per chip. Change one or more:",
+                      style="bold red")
     for line in plan.advice:
-        console.print(f"  - {line}", highlight=False)
+        console.print(f"  - {line}")
 
 
 def _report_times(plan, console: rich.console.Console):

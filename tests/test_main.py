@@ -23,29 +23,37 @@ def test_every_config_is_complete(config):
     build(TrainConfig, config)
 
 
+def command(*flags, cwd):
+    return subprocess.run([sys.executable, "-m", "jaxvp.main", *flags], cwd=cwd, text=True,
+                          capture_output=True, env={"PYTHONPATH": str(ROOT),
+                                                    "JAX_PLATFORMS": "cpu", "PATH": "",
+                                                    "COLUMNS": "200"})
+
+
+def one_error(run) -> str:
+    assert run.returncode == 1, run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in run.stderr
+    return errors[0]
+
+
 @pytest.mark.parametrize("flag, message", [
     ("--config.mehs.fsdp=2", 'does not have: .*Did you mean "mesh"'),
     ("--config.batch_size=abc", "flag --config.batch_size=abc: invalid literal"),
     ("--config.init_from=nowhere", "No checkpoint in nowhere: expected a workdir"),
     ("--config.mesh.fsdp=3", "fsdp=3, context=1, tensor=1, which does not fit 1 devices"),
+    ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate: expected a finite"),
+    ("--config.data.fps=inf", "config.data.fps: expected a finite"),
 ])
 def test_a_wrong_flag_is_one_line(flag, message, tmp_path):
-    command = [sys.executable, "-m", "jaxvp.main", f"--config={ROOT}/configs/pretrain.py", flag,
-               f"--workdir={tmp_path}/run", "--dry_run"]
-    run = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env={
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""})
-    assert run.returncode == 1, run.stderr
-    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in run.stderr
-    assert re.search(message, errors[0]), errors
+    run = command(f"--config={ROOT}/configs/pretrain.py", flag, f"--workdir={tmp_path}/run",
+                  "--dry_run", cwd=tmp_path)
+    assert re.search(message, one_error(run))
 
 
 def run_main(folder, *flags):
     """The command in `folder`, without data there."""
-    return subprocess.run(
-        [sys.executable, "-m", "jaxvp.main", f"--config={ROOT}/configs/pretrain.py", *flags],
-        cwd=folder, text=True, capture_output=True, env={
-            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "", "COLUMNS": "200"})
+    return command(f"--config={ROOT}/configs/pretrain.py", *flags, cwd=folder)
 
 
 def test_a_mistyped_path_is_not_taken_for_the_embedded_dataset(tmp_path):
@@ -83,3 +91,23 @@ def test_an_embedded_dataset_has_a_path():
     config = pretrain.get_config().to_dict() | {"embedded": {"episodes": 3}}
     with pytest.raises(ConfigError, match="config.embedded.path is missing"):
         build(TrainConfig, config)
+
+
+@pytest.mark.parametrize("config, message", [
+    ("configs/pretrain.py:wan-15b", r"configs/pretrain.py:wan-15b: variants are .*'wan-14b'"),
+    ("configs/mixtures.py", "No mixture '' in configs/mixtures.py: there are .*'vidar'"),
+    ("configs/libero.py:all", "--config: this file has no variants"),
+    ("configs/nothing.py", "--config cannot be read: .*No such file.*configs/nothing.py"),
+    ("configs/__init__.py", r"this file has no get_config\(\)"),
+])
+def test_a_wrong_config_is_one_line(config, message):
+    assert re.search(message, one_error(command(f"--config={config}", cwd=ROOT)))
+
+
+@pytest.mark.parametrize("body, error", [
+    ("return {}['a']", "KeyError: 'a'"), ("return int('x')", "ValueError: invalid literal")])
+def test_a_bug_of_a_config_keeps_its_traceback(tmp_path, body, error):
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
+    run = command("--config=mine.py", cwd=tmp_path)
+    assert run.returncode == 1 and error in run.stderr
+    assert re.search(r'File ".*mine.py", line 2, in get_config', run.stderr)

@@ -13,7 +13,7 @@ import pytest
 from golden import hlo as golden
 
 from configs import pretrain
-from jaxvp import chips, flops, hlo_analysis, plan, sharding, step
+from jaxvp import chips, command, flops, hlo_analysis, plan, sharding, step
 from jaxvp import config as config_lib
 from jaxvp.data import mixture
 from jaxvp.errors import UserError
@@ -284,16 +284,17 @@ def test_all_reduces_that_gather_cost_more():
 
 
 def test_reports(capsys):
-    console = plan.rich.console.Console(width=200)
+    console = command.console()
+    console.width = 200
     found, _ = roofline_of("async", {"data": 4, "fsdp": 16, "context": 1, "tensor": 1})
     found.compile_seconds, found.memory = 1.0, {"parameters": 2**30}
-    found.roofline["ici"] = 1.0
+    found.roofline["ici"], found.config = 1.0, "a[/b]:bear:.py"
     plan.report(found, console)
     machine = chips.parse("v5p:4x4x4")
     plan.report_sweep([(machine, "does not divide"), (machine, found)], console)
     text = capsys.readouterr().out
     for word in ("all-gather", "reduce-scatter", "fsdp", "MFU: at most", "takes over",
-                 "does not divide"):
+                 "does not divide", "a[/b]:bear:.py on "):
         assert word in text
 
 

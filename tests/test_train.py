@@ -84,21 +84,29 @@ def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
-def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, tmp_path):
-    train.train(config_of(dataset), tmp_path / "video")
-    config = config_of(dataset, finetune, init_from=str(tmp_path / "video"))
-    train.train(config, tmp_path / "action")
-    before = named_leaves(checkpoint.restore_params(tmp_path / "video"))
-    after = weights(tmp_path / "action", 4)
+@pytest.fixture(scope="module")
+def stages(dataset, tmp_path_factory):
+    """Workdirs of the two stages, `video` and `action`, and the config of the second."""
+    folder = tmp_path_factory.mktemp("stages")
+    train.train(config_of(dataset), folder / "video")
+    config = config_of(dataset, finetune, init_from=str(folder / "video"))
+    train.train(config, folder / "action")
+    return folder, config
+
+
+def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(stages, tmp_path):
+    folder, config = stages
+    before = named_leaves(checkpoint.restore_params(folder / "video"))
+    after = weights(folder / "action", 4)
     changed = {name.split("/")[0] for name in after if (after[name] != before[name]).any()}
     assert changed == {"action"}
     # Only what is trained has an average; the rest of what is exported is as it was.
-    averages = weights(tmp_path / "action", 4, "ema")
+    averages = weights(folder / "action", 4, "ema")
     assert {name.split("/")[0] for name in averages} == {"action"}
-    for name, leaf in named_leaves(checkpoint.restore_params(tmp_path / "action")).items():
+    for name, leaf in named_leaves(checkpoint.restore_params(folder / "action")).items():
         np.testing.assert_array_equal(leaf, averages.get(name, before[name]), err_msg=name)
 
-    export.export(tmp_path / "action", tmp_path / "bundle", batch_size=2)
+    export.export(folder / "action", tmp_path / "bundle", batch_size=2)
     policy = bundle.load(tmp_path / "bundle")
     seen = {"video": np.zeros((3, 3, 1, 16, 16, 3), np.uint8), "view_mask": np.ones((3, 3), bool),
             "text": np.ones((3, 96), np.int32), "state": np.zeros((3, 8), np.float32),
@@ -107,13 +115,48 @@ def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(dataset, t
     actions = policy.act(seen, np.asarray(keys))
     config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
     method = step_lib.make_method(config, step_lib.ClipSpec(**checkpoint.restore_json(
-        tmp_path / "action", "assets")["spec"]))
-    params = checkpoint.restore_params(tmp_path / "action")
+        folder / "action", "assets")["spec"]))
+    params = checkpoint.restore_params(folder / "action")
     expected = jax.jit(method.act)(params, seen, jax.random.wrap_key_data(keys))
     np.testing.assert_allclose(actions, expected, atol=1e-5)
     assert policy.imagine(seen, np.asarray(keys)).shape == (3, 3, 24, 16, 3)
     with pytest.raises(ValueError, match="--robot=aloha"):
-        export.export(tmp_path / "action", tmp_path / "other", 2, "aloha")
+        export.export(folder / "action", tmp_path / "other", 2, "aloha")
+
+
+@pytest.mark.parametrize("absent", ["embodiments", "spec"])
+def test_a_workdir_of_an_older_version(stages, tmp_path, monkeypatch, absent):
+    assets = checkpoint.restore_json(stages[0] / "action", "assets")
+    monkeypatch.setattr(checkpoint, "restore_json", lambda *_: {
+        name: value for name, value in assets.items() if name != absent} | {"step": 4})
+    with pytest.raises(UserError, match=f"action was written by another version .*{absent}"):
+        export.export(stages[0] / "action", tmp_path / "bundle", 2)
+
+
+def test_parameters_of_an_older_version(stages, tmp_path, monkeypatch):
+    params = checkpoint.restore_params(stages[0] / "action")
+    del params["action"]
+    monkeypatch.setattr(checkpoint, "restore_params", lambda _: params)
+    with pytest.raises(UserError, match=r"other parameters, such as action/.*: expected \(.*, "
+                       r"found none. Use that one"):
+        export.export(stages[0] / "action", tmp_path / "bundle", 2)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_video_stage_gives_no_policy(stages, tmp_path):
+    with pytest.raises(UserError, match="stage 'video', which trains no policy"):
+        export.export(stages[0] / "video", tmp_path / "bundle", 2)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_export_needs_an_empty_folder(stages, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        export.export(stages[0] / "action", tmp_path, 2)
+    with pytest.raises(NotADirectoryError):
+        export.export(stages[0] / "action", tmp_path / "notes.txt", 2)
+    with pytest.raises(UserError, match="--batch_size must be at least 1, found 0"):
+        export.export(stages[0] / "action", tmp_path / "new", 0)
 
 
 def test_a_run_on_crops_is_validated_and_exported_on_the_middle(dataset, tmp_path):

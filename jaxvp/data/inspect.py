@@ -34,7 +34,7 @@ from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.normalize import CONSTANT, Normalizer
 from jaxvp.data.rlds import Episodes
 from jaxvp.data.text_embeddings import TextEmbeddings
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, naming
 
 EPISODES = 4  # On the contact sheet of a dataset, and at least one of every robot,
 TIMES = 8  # at so many times each.
@@ -299,13 +299,16 @@ def write(out: Path, found: Mapping, name: str, config: DataConfig):
             f"{config.layout}")
     page = environment.get_template("inspect.html.j2").render(**found, name=name, clip=clip)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "data.html").write_text(page)
+    with naming(out / "data.html"):
+        (out / "data.html").write_text(page)
 
 
 def start(settings):
     """Inspects what the flags say."""
     config = config_lib.build(DataConfig, settings.config.data, "config.data")
-    console = rich.console.Console(markup=False, highlight=False)  # Texts may have brackets.
+    console = command.console()
+    if settings.out:
+        command.make_folder(settings.out)
     found = inspect(config)
     tables(found, console)
     if settings.out:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
 from absl import flags
@@ -37,6 +36,7 @@ from jaxvp import step as step_lib
 from jaxvp.data import array_record, augment, mixture, rlds
 from jaxvp.data.clips import Views
 from jaxvp.errors import UserError
+from jaxvp.errors import naming as naming_file
 
 FEATURE = "steps/observation/latents"
 WORKERS = 8  # Threads that decode images.
@@ -284,9 +284,10 @@ def write(settings):
         raise UserError(f"Several sources are in folders named {', '.join(twice)}, and would "
                         f"become one in --out={settings.out}: run the command for one at a time.")
     encoder = Encoder(config, settings.batch_size)
-    console = rich.console.Console()
+    console = command.console()
     for source, name in zip(config.data.sources, names, strict=True):
-        folder = precompute(source, encoder, Path(settings.out, name), settings.stride)
+        with naming_file(Path(settings.out, name)):
+            folder = precompute(source, encoder, Path(settings.out, name), settings.stride)
         console.print(f"{source.path}: {folder}", soft_wrap=True)
     console.print(f"data: {{latents: {encoder.shape}}}, and these sources.", soft_wrap=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import rich
+import rich.markup
 import rich.progress
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -122,7 +123,8 @@ def make(folder: Path, files: Sequence[Path], counts: Sequence[int], layout: Lay
     progress = rich.progress.Progress(disable=sum(counts) < 1000)
     with (folder / "spans").open("wb") as spans, progress, \
             ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        bar, number = progress.add_task(f"Indexing {title}, once", total=sum(counts)), 0
+        bar, number = progress.add_task(
+            rich.markup.escape(f"Indexing {title}, once"), total=sum(counts)), 0
         for file, count in zip(files, counts, strict=True):
             jobs = pool.map(_entry, itertools.repeat(_open(file, count)), itertools.repeat(file),
                             range(count), array_record.positions(file, count),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import rich.markup
 import rich.progress
 
 from jaxvp.data.normalize import Normalizer, StatsStream
@@ -45,7 +46,7 @@ def compute(sources: Sequence[Episodes]) -> dict[str, dict]:
     for robot in sorted({robot for episodes in sources for robot in episodes.robots()}):
         records = [(e, int(record)) for e in sources for record in e.records_of(robot)]
         streams: dict[str, StatsStream] = {}
-        title = f"Statistics of {robot}, once"
+        title = f"Statistics of {rich.markup.escape(robot)}, once"
         for episodes, record in rich.progress.track(records, title, disable=len(records) < 1000):
             try:
                 steps = episodes.columns(record)

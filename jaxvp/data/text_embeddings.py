@@ -22,7 +22,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import rich.console
+import rich.markup
 import rich.progress
 
 from jaxvp.data import observation
@@ -116,7 +116,8 @@ def texts_of(episodes) -> set[str]:
 
     texts, small = set(), len(episodes) < 1000
     title = f"Texts of {episodes.folder} {episodes.split}"
-    for record in rich.progress.track(range(len(episodes)), title, disable=small):
+    for record in rich.progress.track(range(len(episodes)), rich.markup.escape(title),
+                                      disable=small):
         robot, cameras = (episodes.text(name, record) for name in ("robot", "camera_text"))
         try:
             instructions = set(episodes.columns(record).instruction)
@@ -237,6 +238,7 @@ def _write_index(path: Path, index: dict):
 def run(arguments: Sequence[str] | None = None):
     """The command; see the module's docstring."""
     # The one place where data meets a model, and only to prepare data.
+    from jaxvp import command
     from jaxvp.data import rlds
     from jaxvp.data.text import SentencePieceTokenizer
     from jaxvp.weights import umt5
@@ -282,7 +284,7 @@ def run(arguments: Sequence[str] | None = None):
 
     added = add(options.out, texts, digest, encoder.width, encode, datasets)
     there = TextEmbeddings(options.out)
-    rich.console.Console().print(
+    command.console().print(
         f"{options.out}: {added} texts added, {len(there)} there, D {there.width}; data: "
         f"{{text_embeddings: {options.out}, text_width: {there.width}}}", soft_wrap=True)
 

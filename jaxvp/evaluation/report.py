@@ -13,6 +13,7 @@ import jax
 import jinja2
 import numpy as np
 
+from jaxvp.errors import naming
 from jaxvp.evaluation.protocol import Protocol
 from jaxvp.evaluation.rollout import Episode, video_stride
 from jaxvp.video import write_video
@@ -75,7 +76,8 @@ def save_video(out: Path, episode: Episode, instruction: str, protocol: Protocol
         return None
     path = video_path(episode, instruction)
     (out / path).parent.mkdir(parents=True, exist_ok=True)
-    write_video(out / path, np.stack(episode.frames), protocol.fps / video_stride(protocol))
+    with naming(out / path):
+        write_video(out / path, np.stack(episode.frames), protocol.fps / video_stride(protocol))
     return path
 
 
@@ -123,7 +125,8 @@ def write(out: Path, found: Mapping, instructions: Mapping[str, str]):
       found: `results(...)`, whose rows have a "video" path or None, and "steps".
       instructions: task to its words.
     """
-    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    with naming(out / "results.json"):
+        (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxvp.evaluation", "."),
         autoescape=True,
@@ -142,4 +145,5 @@ def write(out: Path, found: Mapping, instructions: Mapping[str, str]):
         videos=videos,
         videos_on_page=VIDEOS_ON_PAGE,
     )
-    (out / "report.html").write_text(page)
+    with naming(out / "report.html"):
+        (out / "report.html").write_text(page)

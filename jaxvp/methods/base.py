@@ -23,6 +23,7 @@ class Method(Protocol):
     spec: ClipSpec
     layout: str
     stages: tuple[str, ...]
+    policy_stages: tuple[str, ...]  # Those that train what `act` needs: others give no policy.
     sharding_rules: tuple  # Ordered (regex of a parameter's name, partition spec).
 
     def init(self, key: jax.Array) -> dict:

@@ -87,6 +87,7 @@ class VideoPolicy:
     guidance: NonNegativeFloat = 1.0
 
     stages = ("video", "action", "joint")
+    policy_stages = ("action", "joint")
     sharding_rules = tuple((f"video/{regex}", spec) for regex, spec in WAN_RULES)
 
     def __post_init__(self):

@@ -6,12 +6,16 @@
     imagine.stablehlo    the same of imagine -> uint8[B, T, H', W', 3]; may be absent
     text_embeddings/     of the texts that the policy knows, when its text is embedded
 
+policy.json lists the SHA-256 of every file and of what it says itself: a bundle that was changed
+after its export is refused.
+
 An observation is {video uint8[B, V, 1, H, W, 3], view_mask bool[B, V], text int32[B, M] or
 bfloat16[B, M, D], state float32[B, S], state_mask bool[B, S]}, normalised; keys are uint32[B, 2],
 the data of one PRNG key per row. Reading a bundle needs no model code, and nothing in it is
-unpickled.
+unpickled; the functions can only compute, see `policy.program`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,10 +31,13 @@ from etils import epath
 from jaxvp.config import build
 from jaxvp.data.normalize import Normalizer, Stats
 from jaxvp.data.observation import LAYOUTS
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, naming, os_error
 from jaxvp.files import find
+from jaxvp.policy import digests, program
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Lies where a bundle is being written; renamed to policy.json when all else is there.
+UNFINISHED = "policy.json.incomplete"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class Manifest:
       protocol: keyword arguments of an evaluation suite that follow from how the training data was
         made, such as {"image_size": 128, "rotation": "180"}.
       git_revision, versions, config: of the code, its packages, and the training run.
+      files: name to SHA-256 of every other file; sha256: of the rest of policy.json, see `digests`.
 
     Raises:
       UserError: a value is out of its range.
@@ -88,6 +96,8 @@ class Manifest:
     git_revision: str
     versions: Mapping
     config: Mapping
+    files: Mapping[str, str]
+    sha256: str
     text_width: int = 0
 
     def __post_init__(self):
@@ -133,12 +143,13 @@ class _Exported:
         advice = f"The bundle was written with jax {written}, this is jax {jax.__version__}"
         try:
             self._exported = jax.export.deserialize(bytearray(path.read_bytes()))
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: export the bundle again.") from None
-        except Exception as error:  # Damage shows as any error of the flatbuffers reader.
+        except OSError:
+            raise
+        except Exception as error:  # Another format shows as any error of the flatbuffers reader.
             raise UserError(
-                f"{path} cannot be read ({error}). {advice}: use that version, or export again."
-            ) from error
+                f"{path} cannot be read ({_line(error)}). {advice}: use that version, or export "
+                "again.") from error
+        program.check(self._exported, str(path))
         platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
         if platform not in self._exported.platforms:
             raise UserError(
@@ -204,16 +215,20 @@ class Bundle:
 
     @functools.cached_property
     def _imagine(self) -> _Exported:
+        if "imagine.stablehlo" not in self.manifest.files:
+            raise UserError(f"{self.path} was exported without imagine.stablehlo.")
         return _Exported(self.path / "imagine.stablehlo", self.manifest)
 
 
 def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
          imagine: bytes | None = None, text_embeddings: epath.PathLike = ""):
-    """Writes a bundle; policy.json comes last, so that a bundle that has it is complete.
+    """Writes a bundle; policy.json comes last, so that a bundle that has it is complete. What a
+    writing that failed has left in the folder is removed.
 
     Args:
       path: the folder; it is made, and holds nothing yet.
-      manifest: the fields of `Manifest` but format_version, as JSON values.
+      manifest: the fields of `Manifest` as JSON values; format_version, files and sha256 are filled
+        in.
       params: nested dict of arrays, in the dtypes of the exported functions.
       act, imagine: `jax.export.Exported.serialize()` of the functions.
       text_embeddings: folder to copy, when the manifest has a text_width.
@@ -221,23 +236,81 @@ def save(path: epath.PathLike, manifest: Mapping, params: dict, act: bytes,
     Raises:
       UserError: the manifest has an unknown, missing or wrong field.
       UserError: the folder is not empty.
+      OSError: a file cannot be written.
     """
     path = epath.Path(path).resolve()
-    checked = build(Manifest, {**manifest, "format_version": FORMAT_VERSION}, "policy.json")
-    if path.exists() and any(path.iterdir()):
+    checked = _checked(manifest, {})
+    claim(path)
+    try:
+        with naming(path / "params"), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path / "params", params)
+        _write(path / "act.stablehlo", act)
+        if imagine is not None:
+            _write(path / "imagine.stablehlo", imagine)
+        if checked.text_width:
+            (path / "text_embeddings").mkdir()
+            for file in map(epath.Path, find(text_embeddings, "*")):
+                with naming(path / "text_embeddings" / file.name):
+                    file.copy(path / "text_embeddings" / file.name)
+        seal(path, manifest)
+    except BaseException:
+        with contextlib.suppress(OSError):  # The next one tries again.
+            _clear(path)
+        raise
+
+
+def seal(path: epath.PathLike, manifest: Mapping):
+    """Writes policy.json for the files that lie in the folder `path`.
+
+    Args:
+      path: the folder.
+      manifest: as for `save`.
+
+    Raises:
+      UserError: the manifest has an unknown, missing or wrong field.
+      OSError: it cannot be written.
+    """
+    path = epath.Path(path).resolve()
+    values = dataclasses.asdict(_checked(manifest, digests.of_files(path)))
+    values = json.loads(json.dumps(values))  # Tuples are lists in JSON.
+    text = json.dumps(values | {"sha256": digests.of_meaning(values)}, indent=2) + "\n"
+    _write(path / UNFINISHED, text.encode())
+    (path / UNFINISHED).replace(path / "policy.json")
+
+
+def claim(path: epath.PathLike):
+    """Makes the folder of a bundle, and marks it as unfinished; before the work is done that it is
+    for. Removes what an export that failed, or was killed, has left there.
+
+    Raises:
+      UserError: it is not empty, and holds something else.
+      OSError: it is a file, or cannot be written to.
+    """
+    path = epath.Path(path).resolve()
+    if path.exists() and any(path.iterdir()) and not (path / UNFINISHED).exists():
         raise UserError(f"{path} is not empty: remove it, or export to another folder.")
+    _clear(path)
     path.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", params)
-    (path / "act.stablehlo").write_bytes(act)
-    if imagine is not None:
-        (path / "imagine.stablehlo").write_bytes(imagine)
-    if checked.text_width:
-        (path / "text_embeddings").mkdir()
-        for file in map(epath.Path, find(text_embeddings, "*")):
-            file.copy(path / "text_embeddings" / file.name)
-    text = json.dumps(dataclasses.asdict(checked), indent=2) + "\n"
-    (path / "policy.json").write_text(text)
+    (path / UNFINISHED).touch()
+
+
+def _clear(path: epath.Path):
+    """Removes what is left of a bundle whose writing failed, all but the mark: TensorStore may
+    still be writing."""
+    if (path / UNFINISHED).exists():
+        for child in path.iterdir():
+            if child.name != UNFINISHED:
+                child.rmtree() if child.is_dir() else child.unlink()
+
+
+def _write(path: epath.Path, data: bytes):
+    with naming(path):
+        path.write_bytes(data)
+
+
+def _checked(manifest: Mapping, files: Mapping[str, str]) -> Manifest:
+    return build(Manifest, {**manifest, "format_version": FORMAT_VERSION, "files": files,
+                            "sha256": ""}, "policy.json")
 
 
 def read_manifest(path: epath.PathLike) -> Manifest:
@@ -245,7 +318,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
 
     Raises:
       UserError: there is no bundle.
-      UserError: policy.json is damaged, or of a newer format.
+      UserError: policy.json is damaged, was changed after its export, or has another format.
     """
     file = epath.Path(path) / "policy.json"
     if not file.exists():
@@ -259,10 +332,14 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}): export the bundle again.") from error
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise UserError(
             f"{file} has format_version {version!r}, this jaxvp reads {FORMAT_VERSION}: "
-            "upgrade jaxvp, or export the bundle with this version."
-        )
+            + ("upgrade jaxvp." if newer else "export the bundle again with this version."))
+    if values.get("sha256") != digests.of_meaning(values):
+        raise UserError(
+            f"{file} was changed after its export: it says the SHA-256 {values.get('sha256')!r}, "
+            f"its content has {digests.of_meaning(values)!r}. Copy or export the bundle again.")
     return build(Manifest, values, str(file))
 
 
@@ -270,27 +347,31 @@ def load(path: epath.PathLike) -> Bundle:
     """Reads a bundle, puts its weights on the default device and compiles `act`.
 
     Raises:
-      UserError: there is no bundle, or a part of it is missing.
-      UserError: a part is damaged, of a newer format, for another platform, or does not fit the
-        others.
+      UserError: there is no bundle, or a part of it is missing or damaged.
+      UserError: a part is of another format, for another platform, does more than compute (see
+        `policy.program`), or does not fit the others.
     """
     path = epath.Path(path).resolve()
     manifest = read_manifest(path)
+    digests.check_files(path, manifest.files)
     act = _Exported(path / "act.stablehlo", manifest)
-    if not (path / "params").exists():
-        raise UserError(f"{path / 'params'} is missing: export the bundle again.")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), act.params)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", target)
-    except Exception as error:  # Orbax and TensorStore have many ways to say it.
-        raise UserError(
-            f"{path / 'params'} does not hold the weights of act.stablehlo: {error}"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        if os_error(error):  # Of TensorStore.
+            raise
+        raise UserError(f"{path / 'params'} does not hold the weights of act.stablehlo: "
+                        f"{_line(error)}") from error
     act.compile()
     return Bundle(path, manifest, params, act)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _spec(dtype, *shape: int) -> jax.ShapeDtypeStruct:

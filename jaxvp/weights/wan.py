@@ -239,13 +239,10 @@ def _check_pipeline(path: Path):
 def export(workdir: str | Path, out: str | Path, dtype: str):
     """Writes the averaged parameters of a run's video transformer; see `save`."""
     from jaxvp import checkpoint
-    from jaxvp import config as config_lib
-    from jaxvp.data.clips import ClipSpec
-    from jaxvp.step import TrainConfig, make_method
+    from jaxvp.export import read_assets
+    from jaxvp.step import make_method
 
-    assets = checkpoint.restore_json(workdir, "assets")
-    method = make_method(config_lib.build(TrainConfig, assets["config"], "config"),
-                         config_lib.build(ClipSpec, assets["spec"], "spec"))
+    method = make_method(*read_assets(workdir)[1:])
     save(checkpoint.restore_params(workdir)["video"], method.transformer, out, dtype=dtype)
     print(f"{out}: {method.transformer.parameter_count:,} parameters in {dtype}, for diffusers' "
           "WanTransformer3DModel.")

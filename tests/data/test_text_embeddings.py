@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from synthetic import write
 
 from jaxvp.data import mixture, text_embeddings
 from jaxvp.data.mixture import DataConfig
+from jaxvp.data.observation import describe
 from jaxvp.data.rlds import Episodes
 from jaxvp.data.text import SentencePieceTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings, add
@@ -43,6 +45,23 @@ def test_white_space_makes_no_other_text(tmp_path):
     embeddings = TextEmbeddings(tmp_path)
     assert " a\tb" in embeddings and embeddings.lookup("a  b", 4).tolist()[0] == [3] * 4
     assert add(tmp_path, ["a b "], "e", 4, encode) == 0
+
+
+def test_a_path_that_looks_like_markup():
+    """Stands beside the progress bar, which there is for a thousand records."""
+    class Many:
+        folder, split = "a[/b]", "train"
+
+        def __len__(self):
+            return 1000
+
+        def text(self, name, record):
+            return name
+
+        def columns(self, record):
+            return types.SimpleNamespace(instruction=[b"lift"])
+
+    assert text_embeddings.texts_of(Many()) == {describe("robot", "camera_text", "lift")}
 
 
 def test_what_lookup_refuses(tmp_path):

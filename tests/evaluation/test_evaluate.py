@@ -1,16 +1,23 @@
 """The command: from a bundle to results, and one clear error for what cannot work."""
 
+import contextlib
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import rich.console
 import toy_bundle
 
 from jaxvp import evaluate
+from jaxvp.data import observation, text_embeddings
+from jaxvp.envs import tabletop
 from jaxvp.errors import UserError
 from jaxvp.evaluate import Settings
+from jaxvp.policy import bundle as policy_bundle
 from jaxvp.video import read_video
 
 # Nothing that trains models is needed to run one.
@@ -93,7 +100,7 @@ def test_dry_run(bundle):
 ])
 def test_command_says_what_is_wrong(flags, message):
     done = command("--policy=expert", "--out=unused", *flags)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 1 and message in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
@@ -117,8 +124,7 @@ def test_wrong_settings(settings, message, tmp_path):
 
 def test_rates_are_the_same_within_a_tolerance(tmp_path):
     """A rate came through float32, or is 30000/1001 here and 29.97 there."""
-    manifest = toy_bundle.manifest(fps=10.00001, format_version=1)
-    (tmp_path / "policy.json").write_text(json.dumps(manifest))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(fps=10.00001))
     evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
 
 
@@ -133,10 +139,62 @@ def test_rates_are_the_same_within_a_tolerance(tmp_path):
     ({"protocol": {"rotation": "180"}}, "protocol.rotation does not exist.*: image_size"),
 ])
 def test_bundle_of_something_else(tmp_path, changes, message):
-    manifest = toy_bundle.manifest(**changes, format_version=1)
-    (tmp_path / "policy.json").write_text(json.dumps(manifest))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(**changes))
     with pytest.raises(ValueError, match=message):
         evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("texts, tokens, length, message", [
+    (1, 20, 64, None),  # The text has 62 bytes and more.
+    (1, 20, 20, None),
+    (1, 70, 64, "The text has 70 tokens, text_length is 64"),
+    (0, 20, 512, "no embedding of 2 of the 2 texts of --suite=tabletop, such as .*lift the tray"),
+])
+def test_embedded_texts_are_looked_up(tmp_path, texts, tokens, length, message):
+    suite = evaluate.make_suite(Settings(), {})
+    said = [observation.describe(tabletop.ROBOT, tabletop.CAMERA_TEXT, suite.instruction(task))
+            for task in suite.protocol.tasks]
+    text_embeddings.add(tmp_path / "text_embeddings", ["", *said * texts], "encoder", 4,
+                        lambda texts: [np.ones((tokens, 4), np.float32)] * len(texts))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(text_width=4, text_length=length))
+    settings = Settings(bundle=str(tmp_path), dry_run=True)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        evaluate.make_plan(settings)
+
+
+def test_damaged_embeddings(tmp_path):
+    text_embeddings.add(tmp_path / "text_embeddings", [""], "encoder", 4,
+                        lambda texts: [np.ones((3, 4), np.float32)] * len(texts))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(text_width=4))
+    (tmp_path / "text_embeddings" / "index.json").write_text("{")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        evaluate.make_plan(Settings(bundle=str(tmp_path), dry_run=True))
+
+
+def test_names_that_look_like_markup(bundle, tmp_path):
+    """Before the episodes nothing is printed of them, after them it would be too late."""
+    out = tmp_path / "a[" / "b]:bear:[/c]"
+    done = command(f"--bundle={bundle}", "--tasks=0", "--trials=1", "--videos=0", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert f"{out}/report.html" in done.stdout and (out / "results.json").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/out", "/proc/out"])
+def test_a_folder_that_cannot_be_written_to(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    done = command("--policy=expert", f"--out={tmp_path / out}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / out).removesuffix("/out") in done.stderr
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="results.json"):
+        run(policy="random", tasks=("0",), trials=1, videos=0, out=str(tmp_path))
 
 
 def test_results_are_not_overwritten(tmp_path):

@@ -18,7 +18,7 @@ class Bundle(types.SimpleNamespace):
     """Answers with its counter in every action, and keeps what it was asked."""
 
     def __init__(self, **changes):
-        values = toy_bundle.manifest(format_version=1, **changes)
+        values = toy_bundle.manifest(format_version=2, files={}, sha256="", **changes)
         super().__init__(manifest=build(Manifest, values), calls=[])
 
     def act(self, observation, keys):
