@@ -374,7 +374,7 @@ def start(settings):
             try:
                 plans.append((smaller, make_plan(config, smaller, name, settings.dry_run,
                                                  plan.model_flops)))
-            except ValueError as error:
+            except UserError as error:
                 plans.append((smaller, str(error)))
         plans.append((machine, plan))
         report_sweep(plans, console)
