@@ -171,7 +171,15 @@ def _roll_call(address: str, count: int, process_id: int, timeout: float,
     if word != "go":
         raise UserError(f"Process {process_id} of {count} waited {timeout:g} s at {address}: "
                         f"{answer}. All processes need the same address and number.")
-    return Lifeline(process_id, count, silence, host, invitation) if process_id else lifeline
+    if process_id == 0:
+        return lifeline
+    try:
+        return Lifeline(process_id, count, silence, host, invitation)
+    except OSError as error:
+        raise UserError(f"Process {process_id} reaches process 0 at {address}, but not at port "
+                        f"{invitation.split()[0]} of {host}, where the processes watch each other "
+                        f"({error.strerror or error}): open the ports between the machines."
+                        ) from error
 
 
 def _count(port: int, count: int, deadline: float, invitation: str) -> str:

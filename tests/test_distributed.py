@@ -128,6 +128,14 @@ def connect(host, port):
         time.sleep(0.01)
 
 
+def test_a_firewall_between_the_processes_is_one_line(address, monkeypatch):
+    with socket.create_server(("", 0)) as server:
+        closed = server.getsockname()[1]
+    monkeypatch.setattr(distributed, "_report", lambda *_: f"go {closed} token")
+    with pytest.raises(UserError, match=f"but not at port {closed} of localhost, where"):
+        distributed._roll_call(address, 2, 1, timeout=1)
+
+
 def test_a_port_in_use_is_one_line(monkeypatch, made):
     monkeypatch.setattr(distributed.coordinator, "GRACE_SECONDS", 0.1)
     with socket.create_server(("", 0)) as server:
