@@ -48,7 +48,7 @@ def read_video(path: epath.PathLike) -> np.ndarray:
     """All frames of a video file as uint8[T, H, W, 3] RGB.
 
     Raises:
-      UserError: there is no such file.
+      OSError: it cannot be read.
       UserError: it is not a video.
     """
     try:

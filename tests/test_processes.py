@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_run import config_of, rows, weights, write_config
+from tiny_run import config_of, rows, write_config
 
 from data_builders.build import build
 from data_builders.tabletop.tabletop import Builder
@@ -188,4 +188,4 @@ def test_a_damaged_checkpoint_is_left_aside_by_all(dataset, tmp_path):
     assert (workdir / "checkpoints" / "damaged-8").exists()
     assert [row["step"] for row in rows(workdir)] == list(range(1, 9))
     assert json.loads((workdir / "config.json").read_text())["steps"] == 8
-    assert weights(workdir, 8)
+    assert checkpoint.restore_json(workdir, "progress")["step"] == 8

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain
+from jaxvp.config import build
 from jaxvp.data import text_embeddings
 from jaxvp.data.clips import ClipSpec
 from jaxvp.methods import base, video_policy
@@ -158,8 +159,9 @@ def test_state_that_is_masked_is_not_seen():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="config.method.features='both'"):
-        dataclasses.replace(METHOD, features="both")
+    with pytest.raises(ValueError, match="config.method.features: expected one of"):
+        build(VideoPolicy, {**SIZES, "spec": SPEC, "layout": "bimanual", "features": "both"},
+              "config.method")
     with pytest.raises(ValueError, match="widht"):
         VideoPolicy(spec=SPEC, layout="bimanual", **{**SIZES, "video": dict(widht=16)})
     with pytest.raises(ValueError, match="did you mean 'video_policy'"):
