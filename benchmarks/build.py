@@ -20,9 +20,10 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from result import hardware, save, versions
+from result import hardware, save
 
 from data_builders import build, builder, episode, video
+from jaxvp.versions import versions
 
 CAMERAS = ("head", "left_wrist", "right_wrist")
 HEIGHT, WIDTH, FPS, STEPS, JOINTS = 480, 640, 30, 200, 14

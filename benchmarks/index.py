@@ -4,8 +4,9 @@
 
 Writes 100,000 steps in a temporary folder (200 episodes, two cameras, images of a few bytes that
 cannot be decoded), and times the index, made in the build, and the statistics. Then gives the
-dataset the index of a million episodes, without their records, and times `mixture.train_iterator`
-with a resume in the middle, in a process of its own, whose peak memory it takes.
+dataset the index of a million episodes, without their records, and times `Mixture.train`
+with a resume in the middle, in a process of its own, whose peak memory it takes; statistics and
+texts of the million are given.
 """
 
 import argparse
@@ -20,22 +21,28 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from result import hardware, save, versions
+from result import hardware, save
+
+from jaxvp.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 EPISODES, STEPS, MILLION = 200, 500, 1_000_000
 OPEN = """
 import json, re, sys, time
-from jaxvp.data import mixture
-from jaxvp.data.normalize import Normalizer
-normalizers = {"robot": Normalizer.from_dict(json.loads(sys.argv[2]))}
+from jaxvp.data import checks, statistics
+from jaxvp.data.mixture import Mixture
+from jaxvp.data.sources import DataConfig
+from jaxvp.data.spec import Window
+# They read columns, once, and there are no records to read them of.
+statistics.compute = lambda sources: {"robot": json.loads(sys.argv[2])}
+checks.texts_of = lambda episodes: {"robot; two views; play"}
 source = {"path": sys.argv[1], "min_seconds": 1.0, "validation_split": "",
           "validation_fraction": 0.01}
-config = mixture.DataConfig(sources=(source,), num_frames=16, fps=10, chunk=16, image_size=256,
-                            layout="single", cameras=("head", "wrist"))
+config = DataConfig(sources=(source,), window=Window(fps=10, future=15, chunk=16), image_size=256,
+                    layout="single", cameras=("head", "wrist"))
 start = time.perf_counter()
-batches = mixture.train_iterator(config, 8, 0, normalizers=normalizers)
-batches.set_state({"step": 10**6, "batch_size": 8})
+batches = Mixture(config).train(config.window, 8, 0)
+batches.set_state({**batches.get_state(), "step": 10**6})
 seconds = time.perf_counter() - start
 peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
 print(json.dumps({"million_open_seconds": seconds, "million_peak_rss_bytes": 1024 * int(peak)}))
@@ -70,7 +77,7 @@ def make(out: Path) -> Path:
 
     builder, writer = Columns(val_fraction=0.0), build.writer
     folder = writer.open_folder(builder, builder.items(), out)
-    shards = writer.plan_shards(builder, builder.items())
+    shards = writer.make_shards(builder, builder.items())
     for shard in shards:
         writer.write_shard(builder, shard, folder)
     return writer.finish(builder, shards, folder)[0]
@@ -94,25 +101,22 @@ def simulate(folder: Path):
 
 
 def measure(out: Path) -> dict:
-    from jaxvp.data import mixture, rlds
+    from jaxvp.data import rlds, statistics
 
     folder = make(out)
     start = time.perf_counter()
-    rlds.Episodes(folder, "train")
+    episodes = rlds.Episodes(folder, "train")
     index = time.perf_counter() - start
-    config = mixture.DataConfig(
-        sources=({"path": str(folder)},), num_frames=16, fps=10, chunk=16, image_size=256,
-        layout="single", cameras=("head", "wrist"))
     start = time.perf_counter()
-    (normalizer,) = mixture.statistics(config).values()
-    statistics = time.perf_counter() - start
+    (normalizer,) = statistics.of_sources("min_max", [episodes]).values()
+    seconds = time.perf_counter() - start
     simulate(folder)
     command = [sys.executable, "-c", OPEN, str(folder), json.dumps(normalizer.to_dict())]
     found = subprocess.run(command, capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
     return {
         "benchmark": "index", "steps": EPISODES * STEPS, "index_seconds": index,
-        "statistics_seconds": statistics, **json.loads(found.splitlines()[-1]),
+        "statistics_seconds": seconds, **json.loads(found.splitlines()[-1]),
         "hardware": hardware(), "versions": versions("grain", "numpy", "array-record")}
 
 

@@ -24,12 +24,13 @@ from pathlib import Path
 
 import h5py
 import rich
-from result import hardware, versions
+from result import hardware
 from rich import progress, table
 
 from jaxvp.envs import libero
-from jaxvp.evaluation.libero import simulator
+from jaxvp.evaluation.suites.libero import simulator
 from jaxvp.files import find
+from jaxvp.versions import versions
 
 FLAT = 5.0  # A picture whose standard deviation is below this many grey levels shows nothing.
 

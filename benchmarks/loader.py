@@ -7,7 +7,7 @@ makes episodes of two cameras in a temporary folder (moving textured pictures of
 random steps of them. Each side runs in a process of its own, which it has to itself, in turns:
 ABCABC, each with the same number of threads. All files are in the page cache.
 
-jaxvp: `mixture.train_iterator`, the way training reads.
+jaxvp: `Mixture.train`, the way training reads.
 mp4: the layout of LeRobot v3, one file of a camera for all episodes, encoded as LeRobot does (AV1,
 a key frame at every second frame, crf 30). Read as LeRobot does with PyAV: a file is opened for
 every clip, decoded from the key frame before the clip to its end, and all frames become RGB. What
@@ -32,7 +32,9 @@ from typing import ClassVar
 
 import cv2
 import numpy as np
-from result import hardware, save, versions
+from result import hardware, save
+
+from jaxvp.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("jaxvp", "mp4", "tfds")
@@ -98,7 +100,7 @@ def make(folder: Path, options: argparse.Namespace):
     builder = Pictures(val_fraction=0.0)
     items = builder.items()
     incomplete = writer.open_folder(builder, items, folder / "rlds")
-    shards = writer.plan_shards(builder, items)
+    shards = writer.make_shards(builder, items)
     for shard in shards:
         writer.write_shard(builder, shard, incomplete)
     writer.finish(builder, shards, incomplete)
@@ -116,18 +118,20 @@ def make(folder: Path, options: argparse.Namespace):
 
 
 def config(folder: Path, options: argparse.Namespace):
-    from jaxvp.data.mixture import DataConfig
+    from jaxvp.data.sources import DataConfig
+    from jaxvp.data.spec import Window
 
-    return DataConfig(sources=({"path": str(folder / DATASET)},), num_frames=FRAMES,
-                      fps=options.fps, chunk=FRAMES, image_size=SIZE, layout="single",
-                      cameras=CAMERAS, num_threads=options.threads)
+    return DataConfig(sources=({"path": str(folder / DATASET)},), image_size=SIZE, cameras=CAMERAS,
+                      window=Window(fps=options.fps, future=FRAMES - 1, chunk=FRAMES),
+                      layout="single", num_threads=options.threads)
 
 
 def jaxvp_batches(folder: Path, options: argparse.Namespace):
     """(uint8[B, V, T, H, W, 3], number of frames of one view that are no repetitions)."""
-    from jaxvp.data import mixture
+    from jaxvp.data.mixture import Mixture
 
-    for batch in mixture.train_iterator(config(folder, options), options.batch, seed=0):
+    data = Mixture(config(folder, options))
+    for batch in data.train(data.spec.window, options.batch, seed=0):
         yield batch["video"], int(batch["frame_mask"].sum())
 
 
@@ -245,11 +249,11 @@ def side(name: str, folder: Path, options: argparse.Namespace) -> dict:
 
 def compare(folder: Path, options: argparse.Namespace) -> dict:
     """All sides in turns, as the JSON of the result."""
-    from jaxvp.data import mixture
+    from jaxvp.data.mixture import Mixture
 
     make(folder, options)
     start = time.perf_counter()
-    mixture.statistics(config(folder, options))
+    Mixture(config(folder, options))
     index_seconds = time.perf_counter() - start
     load = os.getloadavg()[0]
     turns = {name: [] for name in SIDES}

@@ -1,6 +1,5 @@
 """What the benchmarks share: where something was measured, and how a result is shown and kept."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,12 +13,6 @@ def hardware() -> str:
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
              if line.startswith("model name")] if info.exists() else []
     return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores, {platform.machine()}"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of packages."""
-    return {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in packages}
 
 
 def save(result: Mapping, path: Path | None):

@@ -26,7 +26,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from result import hardware, save, versions
+from result import hardware, save
+
+from jaxvp.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,7 +197,7 @@ def has_peer(python: str) -> bool:
 
 def compare(options: argparse.Namespace) -> dict:
     """Both sides in turns, as the JSON of the result."""
-    from jaxvp import chips
+    from jaxvp.plan import chips
 
     case = CASES[options.case]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
-"""How good is the video model? PSNR and SSIM on held-out clips, beside a copy of the first frame.
+"""How good is a predicted video? PSNR and SSIM on held-out clips, beside a copy of the last
+observed frame.
 
     python benchmarks/video_quality.py --workdir=runs/local/pretrain \
         --json=benchmarks/results/video_quality.json [--picture=docs/prediction.png]
 
-The model sees the first frame and the text of clips of the validation split and generates the
-rest. Frames past the end of an episode do not count.
+The method, any that predicts video, sees the observation of clips of the validation split and
+generates the rest. Frames past the end of an episode do not count.
 """
 
 import argparse
@@ -20,10 +21,12 @@ from rich.table import Table
 from jaxvp import checkpoint
 from jaxvp.data import augment, mixture
 from jaxvp.data.normalize import Normalizer
+from jaxvp.data.spec import observe
 from jaxvp.evaluation.video_quality import psnr, ssim
 from jaxvp.export import read_assets
 from jaxvp.step import make_method
-from jaxvp.train import observe
+from jaxvp.train import VIDEO
+from jaxvp.versions import versions
 
 
 def main():
@@ -37,33 +40,39 @@ def main():
     assets, config, spec = read_assets(settings.workdir)
     normalizers = {name: Normalizer.from_dict(value)
                    for name, value in assets["normalizers"].items()}
-    size = config.batch_size
-    batches = mixture.validation_batches(config.data, size, -(-settings.clips // size),
-                                         normalizers=normalizers)
+    size, window = config.batch_size, spec.window
     method = make_method(config, spec)
+    if VIDEO not in method.modes:
+        parser.error(f"{settings.workdir} is of a method that predicts no video.")
+    data = mixture.Mixture(config.data, normalizers)
+    batches = data.validation(window, size, -(-settings.clips // size))
     params = checkpoint.restore_params(settings.workdir)
 
     @jax.jit
-    def shown_and_imagined(params, clip, keys):
+    def shown_and_predicted(params, clip, keys):
         clip = augment.fit(clip, spec, crop=config.data.crop)
-        return method.shown(params, clip), method.imagine(params, observe(clip), keys)
+        predicted, _ = method.predict(params, observe(clip, window), keys, VIDEO[1],
+                                      method.initial_carry(size))
+        return method.render(params, clip), predicted["video"]
 
     truths, predictions, there = [], [], []
     for number, clip in enumerate(batches):
         keys = jax.random.split(jax.random.key(number), size)
-        truth, predicted = jax.device_get(shown_and_imagined(params, clip, keys))
+        truth, predicted = jax.device_get(shown_and_predicted(params, clip, keys))
         truths.append(truth)
         predictions.append(predicted)
         there.append(clip["frame_mask"])
     truth, predicted, there = (np.concatenate(x)[:settings.clips]
                                for x in (truths, predictions, there))
-    copied = np.broadcast_to(truth[:, :1], truth.shape)
+    past = window.past
+    copied = np.broadcast_to(truth[:, past - 1:past], truth.shape)
 
     table = Table("frame", "PSNR model", "PSNR copy", "SSIM model", "SSIM copy",
                   title=f"{settings.clips} held-out clips")
-    result = {"clips": settings.clips, "frames": int(there[:, 1:].sum()),
-              "sampler": {"name": method.sampler, "steps": method.video_steps}}
-    for frame in [*range(1, truth.shape[1]), slice(1, None)]:
+    result = {"clips": settings.clips, "frames": int(there[:, past:].sum()),
+              "samplers": {part: {"name": model.sampler, "steps": model.steps}
+                           for part, model in method.video_models.items()}}
+    for frame in [*range(past, truth.shape[1]), slice(past, None)]:
         mask = there[:, frame]
         scores = {f"{name}_{what}": float(score(video[:, frame], truth[:, frame])[mask].mean())
                   for name, score in (("psnr", psnr), ("ssim", ssim))
@@ -80,7 +89,7 @@ def main():
                 "benchmark": "video_quality", **result,
                 "step": checkpoint.restore_json(settings.workdir, "progress")["step"],
                 "hardware": hardware(),
-                "versions": checkpoint.versions(), "config": assets["config"],
+                "versions": versions(*checkpoint.PACKAGES), "config": assets["config"],
             }, file, indent=2)
 
 

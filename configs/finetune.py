@@ -16,9 +16,9 @@ from configs import pretrain
 from jaxvp.errors import UserError
 
 VARIANTS = {
-    "": {"init_from": "runs/pretrain", "steps": 2600},
-    "untuned": {"init_from": "", "steps": 2600},
-    "all": {"init_from": "runs/pretrain_all", "steps": 5400},
+    "": {"init_from": {"*": "runs/pretrain"}, "steps": 2600},
+    "untuned": {"steps": 2600},
+    "all": {"init_from": {"*": "runs/pretrain_all"}, "steps": 5400},
 }
 
 

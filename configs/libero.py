@@ -21,14 +21,12 @@ from jaxvp.step import TrainConfig
 def get_config() -> ConfigDict:
     config = pretrain.get_config()
     config.stage = "joint"
-    config.init_from = "runs/pretrain"
+    config.init_from["*"] = "runs/pretrain"
     config.embedded = {}
     config.data = {
         "sources": ({"path": "data/libero_object"},),
         "layout": "single_wrist",
-        "num_frames": 4,
-        "fps": 5.0,
-        "chunk": 12,
+        "window": {"fps": 5.0, "past": 1, "future": 3, "past_actions": 0, "chunk": 12},
         "image_size": 64,
         "text_length": 96,
         "action_size": 8,  # One more than LIBERO has, so that the tabletop's action head fits.

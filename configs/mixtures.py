@@ -1,6 +1,6 @@
 """What published systems were pretrained on, as data: `MIXTURES`, fields of `data` in a config.
 
-    python -m jaxvp.data.inspect --config=configs/mixtures.py:vidar --out=runs/vidar
+    python -m jaxvp.tools.inspect_data --config=configs/mixtures.py:vidar --out=runs/vidar
 
 `BUILD` says what makes each dataset. A source without a weight counts as much as it has clips, and
 a clip starts at every stored step: an hour at 30 steps per second weighs ten times an hour at 3,
@@ -125,9 +125,17 @@ BUILD = {
 }
 
 
+def clips(name: str, future: int, chunk: int, image_size, fps: float = 0) -> dict:
+    """`config.data` of a mixture: clips of one observed frame and `future` ones, at the mixture's
+    own rate unless `fps` says another."""
+    mixture = dict(MIXTURES[name])
+    own = mixture.pop("fps")
+    window = {"fps": fps or own, "past": 1, "future": future, "past_actions": 0, "chunk": chunk}
+    return {**mixture, "window": window, "image_size": image_size}
+
+
 def get_config(name: str = "") -> ConfigDict:
     """Clips of 17 frames and 16 actions of a mixture, to look at."""
     if name not in MIXTURES:
         raise UserError(f"No mixture {name!r} in configs/mixtures.py: there are {[*MIXTURES]}.")
-    clip = {"num_frames": 17, "chunk": 16, "image_size": 256}
-    return ConfigDict({"data": MIXTURES[name] | clip})
+    return ConfigDict({"data": clips(name, future=16, chunk=16, image_size=256)})

@@ -2,8 +2,8 @@
 
     python -m jaxvp.main --config=configs/pretrain.py                # the embedded tabletop
     python -m jaxvp.main --config=configs/pretrain.py:all
-    python -m jaxvp.main --config=configs/pretrain.py:wan-5b --config.pretrained.video=WAN \
-        --config.pretrained.codec=WAN_VAE
+    python -m jaxvp.main --config=configs/pretrain.py:wan-5b --config.init_from.video=WAN \
+        --config.init_from.codec=WAN_VAE
 
 `tabletop`, the default, has two tasks, `lift_tray` (both arms) and `red_on_plate`, and is cut to
 what two CPU cores learn in minutes: time and numbers are in the README, measured by
@@ -13,10 +13,10 @@ that were also busy with other work, then configs/finetune.py:all.
 `wan-1.3b`, `wan-5b` and `wan-14b` continue Wan's video pretraining on robot video, with Vidar's
 mixture (arXiv 2507.12898, see configs/mixtures.py): three views on one canvas, 17 frames at 8 per
 second, learning rate and warm-up of Vidar. Texts are embedded beforehand with `python -m
-jaxvp.data.text_embeddings`; latents may be, so that no step runs the codec:
+jaxvp.tools.embed_texts`; latents may be, so that no step runs the codec:
 
-    python -m jaxvp.data.precompute --config=configs/pretrain.py:wan-5b --out=data/latents \
-        --config.pretrained.codec=WAN_VAE
+    python -m jaxvp.tools.precompute --config=configs/pretrain.py:wan-5b --out=data/latents \
+        --config.init_from.codec=WAN_VAE
 
 and then `wan-5b-latents`. `wan-14b-720p` is the longest clip that Wan knows, 75,600 tokens of one
 camera, from datasets built with --image_size=720 --fps=16. What they cost where is computed, not
@@ -27,7 +27,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from configs.mixtures import MIXTURES
+from configs.mixtures import clips
 from jaxvp.config import complete
 from jaxvp.errors import UserError
 from jaxvp.step import TrainConfig
@@ -44,15 +44,15 @@ WAN = {
     "wan-14b": {"size": "wan-14b", "version": "2.1", "batch_size": 512},
     "wan-14b-720p": {
         "size": "wan-14b", "version": "2.1", "batch_size": 16,  # For 64 chips.
-        "clip": {**MIXTURES["video"], "num_frames": 81, "fps": 16.0, "image_size": (720, 1280)},
+        "data": clips("video", future=80, chunk=16, image_size=(720, 1280), fps=16.0),
         "mesh": {"data": -1, "fsdp": 16, "context": 4}, "remat": "full"},
 }
-ROBOT_CLIP = {**MIXTURES["vidar"], "num_frames": 17, "image_size": 256}
+ROBOT = clips("vidar", future=16, chunk=16, image_size=256)
 # XLA reduces gradients shard by shard where fsdp spans at most two axes of a v5p torus.
 MESH = {"data": -1, "fsdp": 16}
 # Latents of a robot clip by codec version.
 LATENTS = {"2.1": (5, 48, 32, 16), "2.2": (5, 24, 16, 48)}
-STORED = {f"{name}-latents": options for name, options in WAN.items() if "clip" not in options}
+STORED = {f"{name}-latents": options for name, options in WAN.items() if "data" not in options}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -71,24 +71,24 @@ def get_config(variant: str = "") -> ConfigDict:
 def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
     return {
         "method": {
-            "name": "video_policy",
-            "video": {"width": 128, "layers": 4, "heads": 2, "ffn": 512, "unroll": 4},
-            "text": {"width": 64, "stride": 8},
+            "name": "vpp",
+            "video": {
+                "transformer": {"width": 128, "layers": 4, "heads": 2, "ffn": 512, "unroll": 4},
+                "text": {"width": 64, "stride": 8},
+                "shift": 3.0,
+                "steps": 2,  # The future is nearly determined here: more steps add grain.
+            },
             "head": {"width": 128, "layers": 3, "heads": 4},
             "taps": (1, 3),
-            "shift": 3.0,
-            "video_steps": 2,  # The future is nearly determined here: more steps add grain.
             "action_draws": 2,
             "state_dropout": 0.3,
         },
-        "pretrained": {"video": "", "codec": "", "text": ""},
+        "init_from": {"*": "", "video": "", "codec": "", "text": ""},
         "stage": "video",
         "execution_horizon": 4,
         "data": {
             "sources": ({"path": path},),
-            "num_frames": 4,
-            "fps": 2.5,
-            "chunk": 12,
+            "window": {"fps": 2.5, "past": 1, "future": 3, "past_actions": 0, "chunk": 12},
             "image_size": 32,
             "text_length": 96,
             "action_size": 8,
@@ -109,35 +109,37 @@ def tabletop(path: str, tasks: tuple, episodes: int, steps: int) -> dict:
     }
 
 
-def wan(size: str, version: str, batch_size: int, clip: Mapping = ROBOT_CLIP,
+def wan(size: str, version: str, batch_size: int, data: Mapping = ROBOT,
         mesh: Mapping = MESH, remat: str = "dots", stored: bool = False) -> dict:
     if stored:
         sources = [{**source, "path": source["path"].replace("data/", "data/latents/")}
-                   for source in clip["sources"]]
-        clip = {**clip, "sources": sources, "latents": LATENTS[version]}
+                   for source in data["sources"]]
+        data = {**data, "sources": sources, "extra": {"latents": LATENTS[version]}, "video": False}
     return {
         "method": {
             "name": "video_policy",
-            "video": {"size": size, "dtype": "bfloat16", "remat": remat},
-            "codec": {"name": "wan", "version": version, "dtype": "bfloat16",
-                      "streaming": clip["num_frames"] > 33},  # Whole clips take more memory.
+            "video": {
+                "transformer": {"size": size, "dtype": "bfloat16", "remat": remat},
+                "codec": {"name": "wan", "version": version, "dtype": "bfloat16",
+                          # Whole clips take more memory.
+                          "streaming": data["window"]["future"] > 32},
+                "text_tokens": 512,
+                "prediction": "velocity",
+                "sigma": "uniform",
+                "shift": 5.0,
+                "timesteps": "integer",
+                "sampler": "unipc",
+                "steps": 50,
+                "guidance": 5.0,
+            },
             "head": {"width": 512, "layers": 8, "heads": 8},
             "taps": (9, 19),
-            "text_tokens": 512,
-            "prediction": "velocity",
-            "sigma": "uniform",
-            "shift": 5.0,
-            "timesteps": "integer",
-            "sampler": "unipc",
-            "video_steps": 50,
-            "guidance": 5.0,
         },
-        "pretrained": {"video": "", "codec": "", "text": "data/text_embeddings"},
+        "init_from": {"*": "", "video": "", "codec": "", "text": "data/text_embeddings"},
         "stage": "video",
         "execution_horizon": 8,
         "data": {
-            **clip,
-            "chunk": 16,
+            **data,
             "text_length": 128,
             "text_embeddings": "data/text_embeddings",
             "action_size": 48,  # EgoDex: wrists and fingertips.

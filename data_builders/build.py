@@ -12,7 +12,6 @@ the same command is run again. Large datasets are built by Apache Beam, see data
 import argparse
 import dataclasses
 import datetime
-import difflib
 import importlib
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ import rich.progress
 from data_builders import writer
 from data_builders.builder import Builder
 from jaxvp.data import rlds
-from jaxvp.errors import UserError, one_line_errors
+from jaxvp.errors import UserError, did_you_mean, one_line_errors
 
 # A dry run builds as many items as it can in this time, at most so many.
 SAMPLE_SECONDS, SAMPLE_ITEMS = 20, 16
@@ -53,9 +52,8 @@ def builder_class(name: str) -> type[Builder]:
     """
     names = builder_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"No builder {name!r}. {hint}There are: {', '.join(names)}.")
+        raise UserError(f"No builder {name!r}.{did_you_mean(name, names)} There are: "
+                        f"{', '.join(names)}.")
     try:
         return importlib.import_module(f"data_builders.{name}.{name}").Builder
     except ModuleNotFoundError as error:
@@ -115,9 +113,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Builder]:
     settings, unknown = parser.parse_known_args(argv[1:])
     if unknown:
         flags = [f"--{name}" for name in vars(settings)]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {' '.join(flags)}"
-        parser.error(f"unknown {unknown[0]}: {hint}")
+        hint = did_you_mean(unknown[0].split("=")[0], flags, str)
+        parser.error(f"unknown {unknown[0]}.{hint} There are: {', '.join(flags)}.")
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and not getattr(settings, field.name):
             parser.error(f"--{field.name} is missing: {field.metadata['help']}")
@@ -136,7 +133,7 @@ def dry_run(builder: Builder, items: list, num_workers: int):
     Raises:
       UserError: the sample is all there is, and none of its episodes has some camera.
     """
-    shards = writer.plan_shards(builder, items)
+    shards = writer.make_shards(builder, items)
     unique = [item for shard in shards for item in shard.items]
     print(f"{builder.name} {builder.version}: {len(items)} items in {len(shards)} shards"
           f"{_duplicates(items, unique)}")
@@ -235,7 +232,7 @@ def build(
       ImportError: Beam is not installed.
     """
     folder = writer.open_folder(builder, items, out)
-    shards = writer.plan_shards(builder, items)
+    shards = writer.make_shards(builder, items)
     todo = [shard for shard in shards if writer.finished(shard, folder) is None]
     if beam_flags is not None:
         try:

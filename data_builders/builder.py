@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import hashlib
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -198,3 +198,33 @@ class RawBuilder(Builder):
     def rate(self, fps: float) -> float:
         """Steps per second of what is stored."""
         return self.fps if self.fps and not rates.at_least(self.fps, fps) else fps
+
+    def episode(self, item, fps: float, steps: np.ndarray, *,
+                images: Mapping[str, np.ndarray | Sequence[bytes]],
+                camera_text: str | Mapping[str, str], instruction: str | Sequence[str],
+                state: np.ndarray | None = None, action: np.ndarray | None = None,
+                relative: Sequence[bool] = (), source: str = "", **fields) -> "episode.Episode":
+        """The episode that some steps of an item are, at the rate that `--fps` keeps.
+
+        Args:
+          item: its `episode_id` is the episode's, unless `fields` has one.
+          fps: steps per second of the dataset, as given to `kept`.
+          steps: int[n], from `kept`.
+          images: camera to the n images of these steps.
+          camera_text: one phrase, or camera to the phrase for it, of which those of `images` count.
+          instruction: one text, or one for each of the L steps of the item.
+          state: float[L, S]; action: float[L, A]; None where the item has none.
+          relative: which of the A dimensions are changes that add up, see `episode.accumulate`.
+          source: default: the item.
+          fields: others of `episode.Episode`.
+        """
+        if not isinstance(camera_text, str):
+            camera_text = ", ".join(camera_text[camera] for camera in images)
+        if not isinstance(instruction, str):
+            instruction = [instruction[step] for step in steps]
+        return episode.Episode(**{
+            "dataset": self.name, "episode_id": self.episode_id(item), "images": images,
+            "camera_text": camera_text, "instruction": instruction,
+            "state": None if state is None else state[steps],
+            "action": None if action is None else episode.accumulate(action, steps, relative),
+            "fps": self.rate(fps), "source": source or item, "options": self.options(), **fields})

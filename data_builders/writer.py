@@ -77,7 +77,7 @@ class Report:
         self.unreadable += other.unreadable
 
 
-def plan_shards(builder: Builder, items: Sequence) -> list[Shard]:
+def make_shards(builder: Builder, items: Sequence) -> list[Shard]:
     """Every item in its split, in shards of `items_per_shard`, however many workers there are.
 
     Of items with the same `episode_id` the first is taken.
@@ -233,7 +233,7 @@ def open_folder(builder: Builder, items: Sequence, out: Path) -> Path:
     folder = out / f"{builder.version}.incomplete"
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     text = json.dumps(_identity(builder) | {"items": digest}, sort_keys=True)
-    path = folder / "shards" / "plan.json"
+    path = folder / "shards" / "recipe.json"
     if path.exists() and path.read_text() != text:
         raise UserError(
             f"{folder} is left from a build with other options or items, see {path}: "
@@ -260,7 +260,7 @@ def finish(
     """Completes the dataset: file names, metadata, `build_report.json`, the folder's final name.
 
     Args:
-      duplicates: items that `plan_shards` left out, for the report.
+      duplicates: items that `make_shards` left out, for the report.
 
     Returns:
       The final folder and the sum of the shards' reports.

@@ -8,9 +8,8 @@ a reader needs beside the numbers (config, statistics, git revision, versions).
 import contextlib
 import dataclasses
 import errno
-import importlib.metadata
+import json
 import logging
-import platform
 import re
 import subprocess
 import textwrap
@@ -19,17 +18,16 @@ from pathlib import Path
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-import jaxvp
 from jaxvp import config as config_lib
 from jaxvp import distributed
 from jaxvp.errors import UserError
 from jaxvp.rules import named_leaves
+from jaxvp.versions import versions
 
 JSON_ITEMS = ("progress", "data", "assets")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -72,23 +70,22 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What the checkpoint that a run starts from says of its data.
+    """What a run starts from says of its data.
 
     Attributes:
-      path: of the checkpoint; "" from scratch.
-      continues: whether the run goes on with its data and optimizer; else it takes parameters.
       normalizers: robot to the statistics that the parameters were trained with, JSON values.
-      data: state of the data iterator, JSON values.
+      data: state of the data iterator, JSON values; {} when the run does not go on with it.
     """
 
-    path: str = ""
-    continues: bool = False
     normalizers: Mapping = dataclasses.field(default_factory=dict)
     data: Mapping = dataclasses.field(default_factory=dict)
 
 
-def origin(workdir: epath.PathLike, resume: str = "", init_from: str = "") -> Origin:
-    """Where `restore_or_init` will start, told without reading an array; it takes the same choice.
+def origin(workdir: epath.PathLike, resume: str = "",
+           init_from: Mapping[str, str] | None = None) -> Origin:
+    """Where a run starts, told without reading an array: the newest checkpoint in its own workdir,
+    else `resume`, else the workdirs and bundles of `init_from`: of the statistics of a robot those
+    of the last one that knows it count, "*" being the first.
 
     Raises:
       CheckpointError: a named checkpoint does not exist, or its texts cannot be read.
@@ -97,38 +94,45 @@ def origin(workdir: epath.PathLike, resume: str = "", init_from: str = "") -> Or
     steps = ocp.path.step.checkpoint_steps(own) if own.exists() else []
     for step in sorted(steps, reverse=True):
         try:
-            return _origin(own / str(step), True)
+            return Origin(_normalizers(own / str(step)), restore_json(own / str(step), "data"))
         except DamagedError as error:  # `restore_latest` says it.
             damaged = error
     if damaged:
         raise damaged
-    if path := resume or init_from:
-        return _origin(find_step(path), bool(resume))
-    return Origin()
+    if resume:
+        return Origin(_normalizers(find_step(resume)), restore_json(resume, "data"))
+    known, init_from = {}, init_from or {}
+    for part in sorted(init_from, key=lambda part: part != "*"):
+        if (path := init_from[part]) and is_checkpoint(path):
+            known |= _normalizers(find_step(path))
+    return Origin(known)
 
 
-def _origin(step: epath.Path, continues: bool) -> Origin:
+def _normalizers(step: epath.Path) -> dict:
+    if (step / "policy.json").exists():
+        with _reading(step):
+            values = json.loads((step / "policy.json").read_text())
+            return {values["robot"]: {"action": values["action"], "state": values["state"],
+                                      "mode": values["normalization"]}}
     assets = restore_json(step, "assets")
     if "normalizers" not in assets:
         raise CheckpointError(f"{step} does not say by which statistics it was trained: it was not "
                               "made by `python -m jaxvp.main`.")
-    return Origin(str(step), continues, assets["normalizers"], restore_json(step, "data"))
+    return assets["normalizers"]
 
 
 def restore_or_init(own: "Checkpoints", abstract: dict, init: Callable[[], dict],
-                    resume: str = "", init_from: str = "") -> Restored:
-    """Decides where a run starts; the first of these four that applies.
+                    resume: str = "") -> Restored:
+    """Decides where a run starts; the first of these three that applies.
 
     1. The newest checkpoint in its own workdir: it was stopped, and continues.
     2. `resume`, a workdir or checkpoint of another run: continues from its whole state.
-    3. `init_from`, a workdir or checkpoint: takes only the parameters (their average, EMA); the
-       optimizer, the data and the step start afresh.
-    4. From scratch.
+    3. `init()`, which may take parameters from elsewhere: see `load_params`.
 
     Args:
       own: checkpoints of this run.
       abstract: the state as ShapeDtypeStructs with shardings.
-      init: makes the state from scratch; not called in cases 1 and 2.
+      init: makes the state; not called in cases 1 and 2.
 
     Raises:
       CheckpointError: a named checkpoint does not exist, is damaged or does not fit.
@@ -138,16 +142,8 @@ def restore_or_init(own: "Checkpoints", abstract: dict, init: Callable[[], dict]
     elif resume:
         restored = _restore(find_step(resume), abstract)
         distributed.note(f"Continuing from step {restored.step} of {resume}.")
-    elif init_from:
-        step, state = find_step(init_from), init()
-        state["params"], changes = _load_params(step, state["params"])
-        state["ema"] = {part: jax.tree.map(jnp.copy, state["params"][part])  # Both are donated.
-                        for part in state["ema"]}
-        restored = Restored(state)
-        distributed.note(f"Starting from the parameters of {step}.", *changes)
     else:
         restored = Restored(init())
-        distributed.note("Starting from scratch.")
     return restored
 
 
@@ -259,6 +255,14 @@ def find_step(path: epath.PathLike) -> epath.Path:
                           f"or such a step folder, found {found}.")
 
 
+def is_checkpoint(path: epath.PathLike) -> bool:
+    """Whether there is a workdir, a checkpoint or a bundle at `path`."""
+    path = epath.Path(path).resolve()
+    if any((path / name).exists() for name in ("params", "checkpoints")):
+        return True
+    return path.is_dir() and bool(ocp.path.step.checkpoint_steps(path))
+
+
 def restore_params(path: epath.PathLike) -> dict:
     """The parameters for export, a nested dict of NumPy arrays: averages, and what is not trained.
 
@@ -288,14 +292,8 @@ def run_assets(config: Mapping, spec, normalizers: Mapping, embodiments: Mapping
         "embodiments": dict(embodiments),
         "normalizers": {robot: value.to_dict() for robot, value in normalizers.items()},
         "git_revision": git_revision(),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, jaxvp and the packages that results depend on."""
-    return {"python": platform.python_version(), "jaxvp": jaxvp.__version__} | {
-        name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def git_revision() -> str:
@@ -326,14 +324,19 @@ def _restore(step: epath.Path, abstract: dict) -> Restored:
 def _items(step: epath.Path) -> dict:
     """The parts of the parameters as their metadata, from "ema" where the checkpoint has it."""
     with _reading(step):
-        return {**_metadata(step, "params"), **_metadata(step, "ema")}
+        return {**_metadata(step, "params"), **_averages(step)}
+
+
+def _averages(step: epath.Path) -> dict:
+    """The metadata of "ema"; a bundle has averages as its parameters."""
+    return _metadata(step, "ema") if (step / "ema").exists() else {}
 
 
 def _read(step: epath.Path, wanted: dict,
           how: Callable = ocp.checkpoint_utils.construct_restore_args) -> dict:
     """What `wanted`, a tree with shapes and dtypes, names of `_items`."""
     with _reading(step), ocp.PyTreeCheckpointer() as reader:
-        averaged, read = _metadata(step, "ema"), {}
+        averaged, read = _averages(step), {}
         for item in ("params", "ema"):
             tree = {part: leaves for part, leaves in wanted.items()
                     if (item == "ema") == (part in averaged)}
@@ -343,17 +346,28 @@ def _read(step: epath.Path, wanted: dict,
         return read
 
 
-def _load_params(step: epath.Path, params: dict) -> tuple[dict, list[str]]:
-    """`params` with what the checkpoint has of them, and notes on the rest.
+def load_params(path: epath.PathLike, params: dict) -> tuple[dict, list[str]]:
+    """What a workdir, checkpoint or bundle has of parameters (averages where there are some), and
+    notes on what one of the two lacks.
+
+    Args:
+      path: see `find_step`.
+      params: {part: nested dict of arrays}, which keep what is not found.
+
+    Returns:
+      The parts of which something is found.
 
     Raises:
       CheckpointError: a parameter has another shape, or none is in both.
     """
-    found, wanted = named_leaves(_items(step)), named_leaves(params)
+    step = find_step(path)
+    items = _items(step)
+    found = named_leaves({part: items[part] for part in params if part in items})
+    wanted = named_leaves(params)
     common = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
               for name, leaf in wanted.items() if name in found}
     if not common:
-        examples = (", ".join(list(names)[:3]) for names in (found, wanted))
+        examples = (", ".join(list(names)[:3]) for names in (named_leaves(items), wanted))
         raise CheckpointError("{} and this model have no parameter in common: it has {}, the model "
                               "{}.".format(step, *examples))
     _check_structure(step, {name: found[name] for name in common}, common)
@@ -363,7 +377,8 @@ def _load_params(step: epath.Path, params: dict) -> tuple[dict, list[str]]:
              for name in _subtrees(wanted.keys() - found.keys(), found)]
     notes += [f"  {name} of the checkpoint is not in the model and is left out."
               for name in _subtrees(found.keys() - wanted.keys(), wanted)]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), notes
+    both = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return {part: both[part] for part in {name.partition("/")[0] for name in common}}, notes
 
 
 @contextlib.contextmanager

@@ -1,14 +1,12 @@
 """Building objects from ml_collections configs, and the config that a workdir belongs to.
 
-A key that does not exist is an error that says which one was meant, whether it came by a flag or
-stands in a config file. A field of a config says its range once, in its type:
+A key that does not exist is an error that says which one was meant, whether it comes from a flag or
+from a config file. A field of a config says its range once, in its type:
 `Annotated[float, Range(ge=0, lt=1)]`, or one of the names below; `build` refuses what is outside.
 """
 
 import collections.abc
 import dataclasses
-import difflib
-import hashlib
 import inspect
 import json
 import math
@@ -19,7 +17,7 @@ from typing import Annotated
 
 from etils import epath
 
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, did_you_mean
 
 UNIONS = (typing.Union, types.UnionType)
 
@@ -30,7 +28,7 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have; NaN and infinities are in none.
+    """The numbers that a field may have; no range contains NaN or an infinity.
 
     Attributes:
       ge, gt, le, lt: it is at least, more than, at most, less than this.
@@ -62,8 +60,7 @@ def check_keys(mapping: Mapping, valid: Collection[str], where: str = "config"):
     """Raises ConfigError for the first key of `mapping` that is not in `valid`."""
     for key in mapping:
         if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, 1)
-            hint = f" Did you mean {where}.{near[0]}?" if near else ""
+            hint = did_you_mean(key, valid, lambda near: f"{where}.{near}")
             known = ", ".join(sorted(valid)) or "none"
             raise ConfigError(f"{where}.{key} does not exist.{hint} Valid keys: {known}.")
 
@@ -71,8 +68,8 @@ def check_keys(mapping: Mapping, valid: Collection[str], where: str = "config"):
 def build(cls: Callable, mapping: Mapping, where: str = "config"):
     """`cls(**mapping)`, where `cls` is a dataclass or any callable with annotated parameters.
 
-    Fields that are dataclasses, or sequences of them, are built from nested mappings. Lists become
-    tuples where a tuple is declared, ints become floats, ConfigDicts become dicts.
+    Fields that are dataclasses, or sequences or mappings of them, are built from nested mappings.
+    Lists become tuples where a tuple is declared, ints become floats, ConfigDicts become dicts.
 
     Args:
       cls: what to build.
@@ -122,14 +119,9 @@ def to_json(config: Mapping) -> str:
     return json.dumps(plain(config), indent=2, sort_keys=True) + "\n"
 
 
-def digest(config: Mapping) -> str:
-    """16 hexadecimal digits that differ for any other config."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
-
-
 def check_workdir(workdir: epath.PathLike, config: Mapping, may_differ: Sequence[str] = (),
                   write: bool = True):
-    """Makes sure that `workdir` belongs to `config`, whose copy lies there as config.json.
+    """Makes sure that `workdir` belongs to `config`, of which it holds a copy, config.json.
 
     Args:
       workdir: the folder of the run; it is made when it does not exist.
@@ -203,6 +195,8 @@ def convert(value, hint, where: str):
     wrong_bool = isinstance(value, bool) and kind in (int, float)
     if isinstance(kind, type) and (wrong_bool or not isinstance(value, kind)):
         raise _wrong_value(value, hint, where)
+    if kind is Mapping and arguments:
+        return {key: convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, tuple | list) and arguments and kind is not collections.abc.Callable:
         if kind is tuple and arguments[-1] is not Ellipsis:
             if len(value) != len(arguments):

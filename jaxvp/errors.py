@@ -1,10 +1,12 @@
 """Refusals, and how a command ends over one."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 
 # What libraries in C++ raise in its place: TensorStore (of Orbax) a ValueError, ArrayRecord a
 # RuntimeError. They say it in the text.
@@ -17,6 +19,13 @@ NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 class UserError(ValueError):
     """jaxvp refuses what it was given: one line that names the file or key, what was expected and
     what was found. Every other exception is a bug, or the machine's, and keeps its traceback."""
+
+
+def did_you_mean(name: str, known: Iterable[str], form: Callable[[str], str] = repr) -> str:
+    """" Did you mean 'NAME'?", the nearest of `known`, to end a message with; "" if none is near.
+    `form` says how a name is written."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" Did you mean {form(near[0])}?" if near else ""
 
 
 @contextlib.contextmanager

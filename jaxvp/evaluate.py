@@ -8,9 +8,6 @@ Writes DIR/results.json, DIR/report.html and DIR/videos. Two results are compara
 """
 
 import dataclasses
-import difflib
-import functools
-import inspect
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,48 +20,44 @@ from absl import flags
 from etils import epath
 
 from jaxvp import command
-from jaxvp.config import check_keys
 from jaxvp.data import observation, rates
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings
-from jaxvp.envs import libero
-from jaxvp.errors import UserError
-from jaxvp.evaluation import baselines, report, tabletop
+from jaxvp.errors import UserError, did_you_mean
+from jaxvp.evaluation import baselines, report, suites
 from jaxvp.evaluation.protocol import Protocol, Suite
 from jaxvp.evaluation.rollout import Policy, rollouts
 from jaxvp.policy import bundle as policy_bundle
 from jaxvp.policy import digests
 from jaxvp.policy.runner import PolicyRunner
 
-SUITES = (*tabletop.SUITES, *libero.SUITES)
 POLICIES = ("bundle", "random", "expert", "replay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags, see `define_flags`."""
+    """The flags, see `define_flags`; `suite_flags` are those of `suites.FLAGS` that were given."""
 
     bundle: str | None = None
     policy: str = "bundle"
-    suite: str = "tabletop"
+    suite: str = next(iter(suites.SUITES))
     tasks: Sequence[str] = ()
     trials: int | None = None
     out: str | None = None
     seed: int = 0
     num_envs: int | None = None
     videos: int | None = None
-    libero_assets: str | None = None
-    libero_demos: str | None = None
+    suite_flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dry_run: bool = False
 
 
 def define_flags():
-    """One flag for each of the `Settings`; not upon import, since other commands have the same."""
+    """The flags of the `Settings`; not upon import, since other commands have the same."""
     default = Settings()
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     text("bundle", None, "folder of the policy bundle to evaluate")
     text("policy", default.policy, f"what is evaluated: {', '.join(POLICIES)}")
-    text("suite", default.suite, f"set of tasks: {', '.join(SUITES)}")
+    text("suite", default.suite, f"set of tasks: {', '.join(suites.SUITES)}")
     flags.DEFINE_list("tasks", [], "numbers or names of tasks of the suite; default: all")
     number("trials", None, "episodes per task; default: the protocol's")
     text("out", None, "folder for results.json, report.html and videos")
@@ -72,13 +65,13 @@ def define_flags():
     number("num_envs", None,
            "environments that share a call of the policy; default: what the bundle takes at once")
     number("videos", None, "videos per task, 0 for none; default: all trials")
-    text("libero_assets", None, "folder of LIBERO's meshes, textures and scenes")
-    text("libero_demos", None, "for --policy=replay: folder of <suite>/<task>_demo.hdf5")
+    for name, about in suites.FLAGS.items():
+        text(name, None, about)
     flags.DEFINE_bool("dry_run", False, "print protocol and tasks, run nothing")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Evaluation:
     """An evaluation whose inputs are checked."""
 
     settings: Settings
@@ -92,7 +85,7 @@ class Plan:
         return self.settings.num_envs or (self.manifest.batch_size if self.manifest else 1)
 
 
-def make_plan(settings: Settings) -> Plan:
+def prepare(settings: Settings) -> Evaluation:
     """What the settings ask for. Makes the folder `out`; loads no weights, touches no device.
 
     Raises:
@@ -103,7 +96,7 @@ def make_plan(settings: Settings) -> Plan:
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, found {value}.")
     choose("--policy", settings.policy, POLICIES)
-    choose("--suite", settings.suite, SUITES)
+    choose("--suite", settings.suite, suites.SUITES)
     if settings.policy == "bundle" and not settings.bundle:
         raise UserError("--bundle=DIR is missing: the policy to evaluate; or --policy=expert.")
     if settings.policy != "bundle" and settings.bundle:
@@ -114,7 +107,8 @@ def make_plan(settings: Settings) -> Plan:
         if (Path(settings.out) / "results.json").exists():
             raise UserError(f"--out={settings.out} holds another result: choose a new one.")
     manifest = policy_bundle.read_manifest(settings.bundle) if settings.bundle else None
-    suite = make_suite(settings, manifest.protocol if manifest else {})
+    suite = suites.make(
+        settings.suite, settings.suite_flags, manifest.protocol if manifest else {})
     protocol = dataclasses.replace(
         suite.protocol,
         tasks=choose_tasks(settings.tasks, suite.protocol.tasks),
@@ -129,7 +123,7 @@ def make_plan(settings: Settings) -> Plan:
     make_policy = _policy_maker(settings, suite, protocol)
     if not settings.dry_run:
         command.make_folder(settings.out)
-    return Plan(settings, suite, protocol, make_policy, manifest)
+    return Evaluation(settings, suite, protocol, make_policy, manifest)
 
 
 def choose(flag: str, name: str, known: Collection[str]) -> str:
@@ -139,9 +133,8 @@ def choose(flag: str, name: str, known: Collection[str]) -> str:
       UserError: it is not; the message suggests the nearest.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{flag}: there is no {name!r}; {hint}There are: {', '.join(known)}.")
+        raise UserError(f"{flag}: there is no {name!r}.{did_you_mean(name, known)} There are: "
+                        f"{', '.join(known)}.")
     return name
 
 
@@ -158,24 +151,6 @@ def choose_tasks(wanted: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]
                             f"{len(tasks) - 1}: {', '.join(tasks)}.")
         chosen.add(tasks[int(name)] if name.isdecimal() else choose("--tasks", name, tasks))
     return tuple(task for task in tasks if not chosen or task in chosen)
-
-
-def make_suite(settings: Settings, options: Mapping) -> Suite:
-    """The suite, with the options that a bundle's training data asks for.
-
-    Raises:
-      UserError: the suite has no such option, or its simulator is not installed.
-    """
-    make = functools.partial(tabletop.TabletopSuite, settings.suite)
-    if settings.suite in libero.SUITES:
-        try:
-            from jaxvp.evaluation.libero import LiberoSuite  # Its packages are an extra.
-        except ImportError as error:
-            raise UserError(f"LIBERO needs {error.name}. Run: {libero.INSTALL}") from error
-        make = functools.partial(
-            LiberoSuite, settings.suite, settings.libero_assets, settings.libero_demos)
-    check_keys(options, inspect.signature(make).parameters, "policy.json: protocol")
-    return make(**options)
 
 
 def check_fit(manifest: policy_bundle.Manifest, suite: Suite, protocol: Protocol):
@@ -208,9 +183,9 @@ def check_texts(bundle: str, manifest: policy_bundle.Manifest, suite: Suite, pro
     """
     texts = [observation.describe(manifest.robot, manifest.camera_text, suite.instruction(task))
              for task in protocol.tasks]
-    if not manifest.text_width:
+    if not manifest.spec.text_width:
         for text in texts:
-            ByteTokenizer(manifest.text_length).encode(text)
+            ByteTokenizer.check(text, manifest.spec.text_length)
         return
     digests.check_files(epath.Path(bundle).resolve(), manifest.files, "text_embeddings")
     embeddings = TextEmbeddings(Path(bundle) / "text_embeddings")
@@ -221,14 +196,14 @@ def check_texts(bundle: str, manifest: policy_bundle.Manifest, suite: Suite, pro
             f"--suite={protocol.suite}, such as {missing[0]!r}: add them to the folder that the "
             "training's config.data.text_embeddings names, and export again.")
     for text in texts:
-        embeddings.lookup(text, manifest.text_length)
+        embeddings.lookup(text, manifest.spec.text_length)
 
 
 def _policy_maker(settings: Settings, suite: Suite, protocol: Protocol) -> Callable[[], Policy]:
     if settings.policy == "random":
         return lambda: baselines.RandomPolicy(protocol, settings.seed)
     if settings.policy == "expert":
-        if settings.suite not in tabletop.SUITES:
+        if not suite.has_expert:
             raise UserError(f"{settings.suite} has no scripted expert: use --policy=replay.")
         return baselines.ExpertPolicy
     if settings.policy == "replay":
@@ -237,11 +212,12 @@ def _policy_maker(settings: Settings, suite: Suite, protocol: Protocol) -> Calla
     return lambda: PolicyRunner(policy_bundle.load(settings.bundle), settings.seed)
 
 
-def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
+def evaluate(evaluation: Evaluation, policy: Policy, console: rich.console.Console) -> dict:
     """Runs the episodes, writes videos and report, returns what results.json says."""
-    settings, protocol, out = plan.settings, plan.protocol, Path(plan.settings.out)
+    settings, protocol = evaluation.settings, evaluation.protocol
+    out = Path(settings.out)
     started = time.perf_counter()
-    instructions = {task: plan.suite.instruction(task) for task in protocol.tasks}
+    instructions = {task: evaluation.suite.instruction(task) for task in protocol.tasks}
     rows = []
     with rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
@@ -251,7 +227,8 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
         console=console,
     ) as progress:
         bar = progress.add_task(protocol.suite, total=len(protocol.tasks) * protocol.trials)
-        for episode in rollouts(plan.suite, protocol, policy, plan.num_envs, settings.videos):
+        for episode in rollouts(evaluation.suite, protocol, policy, evaluation.num_envs,
+                                settings.videos):
             instruction = instructions[episode.task]
             rows.append({
                 "task": episode.task,
@@ -264,36 +241,37 @@ def evaluate(plan: Plan, policy: Policy, console: rich.console.Console) -> dict:
             successes = sum(row["success"] for row in rows)
             progress.update(bar, advance=1,
                             description=f"{protocol.suite}: {successes}/{len(rows)} successful")
-    bundle = plan.manifest and {
+    manifest = evaluation.manifest
+    bundle = manifest and {
         "path": settings.bundle,
-        "method": plan.manifest.method,
-        "stage": plan.manifest.stage,
-        "step": plan.manifest.step,
-        "execution_horizon": plan.manifest.execution_horizon,
-        "batch_size": plan.manifest.batch_size,
+        "method": manifest.method,
+        "stage": manifest.stage,
+        "step": manifest.step,
+        "execution_horizon": manifest.execution_horizon,
+        "batch_size": manifest.batch_size,
         "device": jax.devices()[0].device_kind,
-        "git_revision": plan.manifest.git_revision,
+        "git_revision": manifest.git_revision,
     }
     found = report.results(
         protocol, rows,
-        policy=settings.policy, bundle=bundle, seed=settings.seed, num_envs=plan.num_envs,
+        policy=settings.policy, bundle=bundle, seed=settings.seed, num_envs=evaluation.num_envs,
         wall_time_s=time.perf_counter() - started, latency=report.latency(policy.latencies),
     )
     report.write(out, found, instructions)
     return found
 
 
-def print_plan(plan: Plan, console: rich.console.Console):
+def print_evaluation(evaluation: Evaluation, console: rich.console.Console):
     """What would run."""
     table = rich.table.Table("protocol", "")
-    for name, value in plan.protocol.to_dict().items():
+    for name, value in evaluation.protocol.to_dict().items():
         if name != "tasks":
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             table.add_row(name, text)
     console.print(table)
-    for task in plan.protocol.tasks:
-        number = plan.suite.protocol.tasks.index(task)
-        console.print(f"{number:3d} {task}: {plan.suite.instruction(task)}", soft_wrap=True)
+    for task in evaluation.protocol.tasks:
+        number = evaluation.suite.protocol.tasks.index(task)
+        console.print(f"{number:3d} {task}: {evaluation.suite.instruction(task)}", soft_wrap=True)
 
 
 def print_results(found: dict, out: Path, console: rich.console.Console):
@@ -317,12 +295,14 @@ def print_results(found: dict, out: Path, console: rich.console.Console):
 def start(values):
     """Evaluates what the flags say."""
     console = command.console()
-    names = (field.name for field in dataclasses.fields(Settings))
-    settings = Settings(**{name: values[name].value for name in names})
-    plan = make_plan(settings)
+    names = {field.name for field in dataclasses.fields(Settings)} - {"suite_flags"}
+    given = {name: values[name].value for name in suites.FLAGS if values[name].value is not None}
+    settings = Settings(**{name: values[name].value for name in names}, suite_flags=given)
+    evaluation = prepare(settings)
     if settings.dry_run:
-        return print_plan(plan, console)
-    print_results(evaluate(plan, plan.make_policy(), console), Path(settings.out), console)
+        return print_evaluation(evaluation, console)
+    found = evaluate(evaluation, evaluation.make_policy(), console)
+    print_results(found, Path(settings.out), console)
 
 
 def run():

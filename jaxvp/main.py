@@ -7,7 +7,8 @@ from absl import flags
 
 from jaxvp import command, distributed, step
 from jaxvp import config as config_lib
-from jaxvp.data import mixture, rlds
+from jaxvp.data import rlds
+from jaxvp.data.sources import clip_spec
 from jaxvp.step import TrainConfig
 from jaxvp.train import check, train
 
@@ -22,7 +23,7 @@ def start(settings):
         mesh = check(built, workdir)  # Before data is made.
         if settings.dry_run and embedded_is_absent(built):  # What can be known without the data.
             distributed.note(f"{built.embedded['path']} is absent: a run builds it first.")
-            return step.build(built, mixture.clip_spec(built.data), mesh).describe()
+            return step.build(built, clip_spec(built.data), mesh).describe()
         if built.embedded:
             if jax.process_index() == 0 and embedded_is_absent(built):
                 build_embedded(built)

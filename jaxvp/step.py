@@ -2,7 +2,9 @@
 compiles it for machines that are not there."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated
 
 import jax
@@ -12,13 +14,20 @@ import rich
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import chips, distributed, optim, sharding
+from jaxvp import checkpoint, distributed, optim, sharding
 from jaxvp import config as config_lib
 from jaxvp.config import NonNegativeInt, PositiveInt, Range, Seed
-from jaxvp.data import augment, mixture
-from jaxvp.data.clips import ClipSpec
+from jaxvp.data import augment, mirror, mixture
+from jaxvp.data.spec import ClipSpec
 from jaxvp.errors import UserError
 from jaxvp.methods import base
+from jaxvp.plan import chips
+from jaxvp.rules import named_leaves
+
+# Leaves that the loss updates, not the optimizer. With microbatches they are the means of those of
+# the parts of the batch. They are averaged as parameters are (timm's ModelEmaV2 does the same): the
+# newest statistics would be those of weights that are ahead of the averaged ones.
+STATISTICS = r"(.*/)?statistics/.*"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +52,10 @@ class TrainConfig:
       validation_batches, sample_clips: held-out batches that are scored, held-out clips whose
         continuation is generated.
       keep: newest checkpoints that are kept, besides the best.
-      init_from: workdir or checkpoint whose parameters start this run; resume: one whose whole
-        state does. See `checkpoint.restore_or_init`.
-      pretrained: part of the method ("video", "codec") to the weights that a new run takes it
-        from, see `base.Method.load`; "": none. What `init_from` has of it comes on top.
+      init_from: part of the method's parameters ("video", "codec"; "*": all, and first) to what a
+        new run takes them from: a workdir, checkpoint or bundle, or published weights, see
+        `Method.load`; "": nothing.
+      resume: workdir or checkpoint whose whole state starts this run.
       embedded: "path" and the options of the tabletop builder, which makes the dataset there when
         a source has just this path and nothing is there; empty: never.
     """
@@ -71,16 +80,15 @@ class TrainConfig:
     sample_clips: PositiveInt = 8
     save_every: NonNegativeInt = 1000
     keep: PositiveInt = 2
-    init_from: str = ""
+    init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resume: str = ""
-    pretrained: Mapping = dataclasses.field(default_factory=dict)
     embedded: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.execution_horizon > self.data.chunk:
+        if self.execution_horizon > self.data.window.chunk:
             raise config_lib.ConfigError(
                 f"config.execution_horizon is {self.execution_horizon}: expected at most "
-                f"config.data.chunk = {self.data.chunk}.")
+                f"config.data.window.chunk = {self.data.window.chunk}.")
         if self.embedded and "path" not in self.embedded:
             raise config_lib.ConfigError("config.embedded.path is missing: where the tabletop "
                                          "dataset is built.")
@@ -92,6 +100,7 @@ class Step:
 
     Attributes:
       method: what is trained; mesh: on what.
+      stage: of the method; spec: of the clips that this stage sees.
       abstract: the state {"params", "ema", "opt_state"} as ShapeDtypeStructs with shardings. The
         averages, "ema", are of the parts of the parameters of which something is trained.
       init: () -> state, jitted: every leaf is made where it lies.
@@ -102,6 +111,8 @@ class Step:
 
     method: base.Method
     mesh: jax.sharding.Mesh
+    stage: base.Stage
+    spec: ClipSpec
     abstract: dict
     init: Callable
     update: Callable
@@ -114,31 +125,62 @@ class Step:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract))
         distributed.note(f"State: {size / 2**20:,.1f} MiB over {self.mesh.size} devices.")
 
-    def start(self, pretrained: Mapping[str, str]) -> dict:
-        """The state before the first update; the parts of the parameters that `pretrained` names
-        are read from files, before anything else is made.
+    def start(self, init_from: Mapping[str, str]) -> dict:
+        """The state before the first update, with the parts of the parameters that `init_from`
+        names: "*" first, then those that are named.
 
         Raises:
-          ConfigError, UserError, OSError: the method has no such part, or the files do not fit it.
+          UserError, OSError: what is there does not fit the part.
         """
-        loaded, parts = {}, self.abstract["params"]
-        for part, path in pretrained.items():
-            if not path:
-                continue
-            if part not in parts:
-                raise config_lib.ConfigError(f"config.pretrained.{part}: the method has the parts "
-                                             f"{sorted(parts)}.")
-            loaded[part], report = self.method.load(part, path, parts[part])
-            distributed.note(f"{part} from {path}: {report}")
+        taken = take_over(self.method, self.abstract["params"], init_from)  # Or nothing is made.
         state = self.init()
-        for part, params in loaded.items():
-            state["params"][part] = params
-            if part in state["ema"]:
-                state["ema"][part] = jax.tree.map(jnp.copy, params)  # Both are donated.
-        if loaded:
-            fresh = sorted(set(parts) - set(loaded))
-            distributed.note(f"Initialised at random: {', '.join(fresh) or 'nothing'}.")
+        for part, leaves in taken.items():
+            state["params"][part] = jax.tree.map(
+                lambda new, made: made if isinstance(new, jax.ShapeDtypeStruct) else new,
+                leaves, state["params"][part])
+        for part in taken.keys() & state["ema"].keys():  # Both are donated.
+            state["ema"][part] = jax.tree.map(jnp.copy, state["params"][part])
+        if fresh := sorted(state["params"].keys() - taken.keys()):
+            distributed.note(f"Initialised at random: {', '.join(fresh)}.")
         return state
+
+
+def take_over(method: base.Method, params: Mapping, init_from: Mapping[str, str]) -> dict:
+    """Parts of the parameters from where `TrainConfig.init_from` says: "*" first, then those that
+    are named.
+
+    Args:
+      method: whose they are.
+      params: all parts that there are, as arrays or ShapeDtypeStructs with shardings, which leaves
+        that a checkpoint lacks keep.
+      init_from: part to workdir, checkpoint, bundle or published weights.
+
+    Returns:
+      The parts that were taken over.
+
+    Raises:
+      UserError, OSError: `params` has no such part, or what is there does not fit it.
+    """
+    check_init_from(init_from, params)
+    taken = {}
+    for part, path in sorted(init_from.items(), key=lambda item: item[0] != "*"):
+        if not path:
+            continue
+        there = {**params, **taken}
+        wanted = there if part == "*" else {part: there[part]}
+        if checkpoint.is_checkpoint(path):
+            found, notes = checkpoint.load_params(path, wanted)
+        elif part == "*":
+            raise config_lib.ConfigError(f"config.init_from['*']={path}: expected a workdir or a "
+                                         "bundle; published weights are of one part.")
+        else:
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted[part])
+            found, report = method.load(part, path, abstract)
+            found, notes = {part: found}, [str(report)]
+        taken |= found
+        distributed.note(f"{', '.join(sorted(found))} from {path}.", *notes)
+    return taken
 
 
 def averaged(state: Mapping) -> dict:
@@ -152,34 +194,74 @@ def make_method(config: TrainConfig, spec: ClipSpec) -> base.Method:
     return config_lib.build(base.get(options.pop("name", "")), options, "config.method")
 
 
+def init_parts(method: base.Method, parts: Iterable[str], seed: int = 0) -> dict:
+    """Parts of a method's parameters, those that have any; a part is the same in every stage."""
+    key = jax.random.key(seed)
+    made = {part: method.init(part, jax.random.fold_in(key, zlib.crc32(part.encode())))
+            for part in parts}
+    return {part: values for part, values in made.items() if values}
+
+
 def clip_keys(seed: int, number: jax.Array, batch_size: int) -> jax.Array:
     """One PRNG key for each clip of batch `number`: the same wherever and beside whom it lies."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), batch_size)
 
 
-def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh) -> Step:
+def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh,
+          mirrors: mirror.Tables | None = None) -> Step:
     """The step of `config` for clips of `spec`; compiles nothing.
+
+    Args:
+      config: the run.
+      spec: of the data; the clips of the stage have its window.
+      mesh: of devices, or an abstract one.
+      mirrors: see `Mixture.mirrors`; without, as in a plan, no clip is flipped.
 
     Raises:
       ConfigError, UserError: something of the config does not fit something else.
     """
     check_batch(config, mesh)
     method = make_method(config, spec)
-    frozen = method.frozen(config.stage)
-    abstract_params = jax.eval_shape(lambda: method.init(jax.random.key(config.seed)))
+    stage = choose_stage(method, config.stage)
+    spec = spec.narrow(stage.window)
+
+    augmentation = config.data.augmentation
+    augmentation.check(spec)
+    if mirrors is None:
+        augmentation = dataclasses.replace(augmentation, flip=0.0)
+
+    def parameters():
+        return init_parts(method, stage.parts, config.seed)
+
+    abstract_params = jax.eval_shape(parameters)
+    check_init_from(config.init_from, abstract_params)
+    frozen = [f"{part}/.*" for part in stage.reads if part in abstract_params]
+    statistics = {name: (leaf.shape, leaf.dtype)
+                  for name, leaf in named_leaves(abstract_params).items()
+                  if re.fullmatch(STATISTICS, name)}
+    if statistics:
+        frozen.append(STATISTICS)
     rules = optim.resolve(config.optimizer, abstract_params, frozen)
     trained = optim.trainable(rules)
     tx, schedule = optim.make_optimizer(config.optimizer, abstract_params, config.steps, frozen)
 
     learning = [part for part, leaves in trained.items() if any(jax.tree.leaves(leaves))]
+    updated = {name: array for name, array in statistics.items()
+               if name.partition("/")[0] in stage.trains}
+    moving = jax.tree.unflatten(jax.tree.structure(trained), [
+        leaf or name in updated for name, leaf in named_leaves(trained).items()])
 
     def init():
-        params = method.init(jax.random.key(config.seed))
+        params = parameters()
         return {"params": params, "ema": {part: jax.tree.map(jnp.copy, params[part])
                                           for part in learning}, "opt_state": tx.init(params)}
 
     abstract = jax.eval_shape(init)
-    specs = method.sharding_rules if config.rules is None else config.rules
+    specs = config.rules
+    if specs is None:  # Those of the method, for the parts that this stage has.
+        parts = {part for other in method.stages.values() for part in other.parts}
+        specs = [rule for rule in method.sharding_rules
+                 if rule[0].partition("/")[0] not in parts - abstract_params.keys()]
     on_device = sharding.state_shardings(mesh, abstract, specs)
     shardings = on_device
     if config.offload_optimizer:
@@ -190,18 +272,21 @@ def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh) -> Step:
 
     def update(state, clip, number):
         def loss(params, clip, keys):
-            return method.loss(optim.stop_frozen(params, trained), clip, keys, config.stage)
+            value, metrics, new = method.loss(
+                optim.stop_frozen(params, trained), clip, keys, config.stage, train=True)
+            check_statistics(new, updated)
+            return value, (metrics, new)
 
         keys = clip_keys(config.seed, number + 1, config.batch_size)
-        clip = augment.fit(clip, spec, keys, config.data.crop)
-        (value, parts), grads = gradients(
+        clip = augment.fit(clip, spec, keys, config.data.crop, augmentation, mirrors)
+        (value, (parts, new)), grads = gradients(
             loss, state["params"], clip, keys, config.microbatches, on_device["params"])
         opt_state = jax.device_put(state["opt_state"], on_device["opt_state"]) \
             if config.offload_optimizer else state["opt_state"]
         updates, opt_state = tx.update(grads, opt_state, state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        params = merge(optax.apply_updates(state["params"], updates), new)
         ema = {part: optim.ema_update(state["ema"][part], params[part], config.ema, number,
-                                      trained[part]) for part in learning}
+                                      moving[part]) for part in learning}
         numbers = {"loss": value, **parts, "gradient_norm": optax.tree.norm(grads),
                    "learning_rate": schedule(number)}
         return {"params": params, "ema": ema, "opt_state": opt_state}, numbers
@@ -209,7 +294,43 @@ def build(config: TrainConfig, spec: ClipSpec, mesh: jax.sharding.Mesh) -> Step:
     on_tpu = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == "tpu"
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())),
                      compiler_options=chips.TPU_COMPILER_OPTIONS if on_tpu else None)
-    return Step(method, mesh, abstract, jax.jit(init, out_shardings=shardings), jitted, rules)
+    return Step(method, mesh, stage, spec, abstract, jax.jit(init, out_shardings=shardings),
+                jitted, rules)
+
+
+def choose_stage(method: base.Method, name: str) -> base.Stage:
+    """A stage of the method; raises ConfigError when there is none of this name."""
+    if name not in method.stages:
+        raise config_lib.ConfigError(f"config.stage={name!r}: the method has stages "
+                                     f"{tuple(method.stages)}.")
+    return method.stages[name]
+
+
+def check_init_from(init_from: Mapping[str, str], parts: Collection[str]):
+    """Raises ConfigError when something is to be taken over that is no part of the stage."""
+    for part, path in init_from.items():
+        if path and part not in ("*", *parts):
+            raise config_lib.ConfigError(
+                f"config.init_from.{part}={path}: this stage has the parts {sorted(parts)}.")
+
+
+def check_statistics(new: Mapping, expected: Mapping[str, tuple]):
+    """Raises ValueError unless a loss returned new values of just the statistics, {name: (shape,
+    dtype)}, of the parts that its stage trains: if they were kept as they are, they would be wrong
+    in validation and in policies, and nothing would show it."""
+    found = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(new).items()}
+    if found != expected:
+        differing = sorted(name for name in found | expected
+                           if found.get(name) != expected.get(name))
+        raise ValueError(f"The loss must return the statistics of the parts that are trained: "
+                         f"{differing[0]} is {found.get(differing[0], 'absent')}, expected "
+                         f"{expected.get(differing[0], 'absent')}.")
+
+
+def merge(tree: Mapping, part: Mapping) -> dict:
+    """Nested dict `tree` with the leaves that `part` has."""
+    return {name: leaf if name not in part else merge(leaf, part[name])
+            if isinstance(leaf, Mapping) else part[name] for name, leaf in tree.items()}
 
 
 def gradients(loss: Callable, params, clip: Mapping, keys: jax.Array, microbatches: int,
@@ -220,7 +341,7 @@ def gradients(loss: Callable, params, clip: Mapping, keys: jax.Array, microbatch
     the replicas once, after the last: the sums have a leading dimension that lies on `data`.
 
     Args:
-      loss: returns (scalar, metrics), means over the rows that it is given.
+      loss: returns (scalar, numbers), means over the rows that it is given.
       clip, keys: arrays [B, ...].
       shardings: of the parameters, and so of the gradients.
     """
@@ -261,22 +382,6 @@ def check_batch(config: TrainConfig, mesh: jax.sharding.Mesh):
         raise UserError(
             f"config.batch_size is {config.batch_size}: expected a multiple of data x fsdp x "
             f"microbatches = {shards} x {config.microbatches}; the nearest is {nearest}.")
-
-
-def check_data(config: TrainConfig, batches: mixture.BatchIterator):
-    """Opens what is validated on as validation will, and says what is to be known of the data.
-
-    Raises:
-      UserError: as `mixture.validation_batches`; what it would raise after hours of training.
-    """
-    notes = list(batches.notes)
-    if config.validate_every or config.sample_every:
-        robots = batches.normalizers
-        notes += mixture.held_out(config.data, robots)[1]
-        mixture.validation_batches(config.data, config.batch_size, config.validation_batches,
-                                   normalizers=robots)
-    for note in notes:
-        distributed.note(note)
 
 
 def abstract_clip(spec: ClipSpec, batch_size: int, mesh: jax.sharding.Mesh) -> dict:

@@ -15,6 +15,7 @@ from jaxvp import config as config_lib
 from jaxvp import step as step_lib
 from jaxvp.data import augment, mixture
 from jaxvp.data.normalize import Normalizer
+from jaxvp.data.spec import observe
 from jaxvp.evaluation.video_quality import psnr
 from jaxvp.video import write_video
 from jaxvp.workdir import locked
@@ -23,13 +24,18 @@ from jaxvp.workdir import locked
 MAY_DIFFER = ("log_every", "validate_every", "sample_every", "save_every", "keep", "mesh",
               "offload_optimizer", "data.num_threads", "data.prefetch", "data.cache_bytes")
 
+VIDEO = (("observation",), ("video",))  # The mode of the samples.
+
 
 def check(config: step_lib.TrainConfig, workdir: epath.PathLike) -> jax.sharding.Mesh:
     """The mesh; raises what can be known to be wrong without looking at any data."""
     own = epath.Path(workdir) / "checkpoints"
     if not any(path.name.isdigit() for path in own.glob("*")):  # Else it continues from there.
-        for path in filter(None, (config.resume, config.init_from)):
-            checkpoint.find_step(path)
+        if config.resume:
+            checkpoint.find_step(config.resume)
+        for part, path in config.init_from.items():
+            if path and not epath.Path(path).exists():
+                raise config_lib.ConfigError(f"config.init_from[{part!r}]: there is no {path}.")
     mesh = sharding.make_mesh(config.mesh)
     step_lib.check_batch(config, mesh)
     return mesh
@@ -70,26 +76,32 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
     # -- Data ------------------------------------------------------------------------------------
     share = jax.process_index(), jax.process_count()
     origin = checkpoint.origin(workdir, config.resume, config.init_from)
-    known = {name: Normalizer.from_dict(value) for name, value in origin.normalizers.items()}
-    batches = mixture.train_iterator(config.data, config.batch_size, config.seed, *share, known)
-    if origin.continues:
+    known = {robot: Normalizer.from_dict(value) for robot, value in origin.normalizers.items()}
+    data = mixture.Mixture(config.data, known)
+    built = step_lib.build(config, data.spec, mesh, data.mirrors())
+    method, window = built.method, built.stage.window
+    batches = data.train(window, config.batch_size, config.seed, *share)
+    if origin.data:
         batches.set_state(origin.data)  # Other data is refused.
-    step_lib.check_data(config, batches)
-    assets = checkpoint.run_assets(raw_config, batches.spec, batches.normalizers,
-                                   batches.embodiments())
+    counts = config.batch_size, config.validation_batches, *share
+    scored = data.validation(window, *counts) if config.validate_every else None
+    shown = data.validation(data.spec.window, *counts) if config.sample_every else None
+    distributed.note(*data.notes)
+    # The statistics of robots that this stage does not see are handed on with the parameters.
+    assets = checkpoint.run_assets(raw_config, data.spec, known | data.normalizers,
+                                   data.embodiments())
 
     # -- Method, state and step ------------------------------------------------------------------
-    built = step_lib.build(config, batches.spec, mesh)
-    method = built.method
+    if config.sample_every and VIDEO not in method.modes:
+        raise config_lib.ConfigError("config.sample_every: the method predicts no video to show.")
     if dry_run:
-        distributed.note(f"Clips: {batches.spec}.")
+        distributed.note(f"Clips: {built.spec}.")
         built.describe()
         return
     checkpoints = checkpoint.Checkpoints(workdir, config.keep)
     with jax.set_mesh(mesh):
-        start = checkpoint.restore_or_init(
-            checkpoints, built.abstract, functools.partial(built.start, config.pretrained),
-            config.resume, config.init_from)
+        start = checkpoint.restore_or_init(checkpoints, built.abstract, functools.partial(
+            built.start, config.init_from), config.resume)
     state = start.state
     if start.data:
         batches.set_state(start.data)
@@ -97,16 +109,18 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
     @functools.partial(jax.jit, out_shardings=everywhere)
     def score(params, clip, number):
         keys = step_lib.clip_keys(config.seed, number, config.batch_size)
-        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
-        loss, parts = method.loss(params, clip, keys, config.stage)
+        clip = augment.fit(clip, built.spec, crop=config.data.crop)
+        loss, parts, _ = method.loss(params, clip, keys, config.stage, train=False)
         return {"loss": loss, **parts}
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def imagine(params, clip, number):
-        """The canvas of every clip, and how the method goes on from its first frame."""
+        """The canvas of every clip, and how the method goes on from what it observes of it."""
         keys = step_lib.clip_keys(config.seed, number, len(clip["text"]))
-        clip = augment.fit(clip, batches.spec, crop=config.data.crop)
-        return method.shown(params, clip), method.imagine(params, observe(clip), keys)
+        clip = augment.fit(clip, data.spec, crop=config.data.crop)
+        predicted, _ = method.predict(params, observe(clip, data.spec.window), keys, VIDEO[1],
+                                      method.initial_carry(len(keys)))
+        return method.render(params, clip), predicted["video"]
 
     def put(number):
         return sharding.replicated(mesh, np.int32(number))
@@ -116,46 +130,40 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
         noise."""
         params = step_lib.averaged(state)
         scores = [jax.device_get(score(params, sharding.global_batch(mesh, clip), put(i)))
-                  for i, clip in enumerate(held_out())]
+                  for i, clip in enumerate(scored)]
         return {f"validation_{name}": float(np.mean([s[name] for s in scores]))
                 for name in scores[0]}
 
-    @functools.cache
-    def held_out():
-        return list(mixture.validation_batches(
-            config.data, config.batch_size, config.validation_batches, *share,
-            normalizers=batches.normalizers))
-
     def sample(step):
-        """Draws continuations of held-out first frames; scores them against the truth."""
-        clip = held_out()[0]
+        """Draws continuations of held-out observations; scores them against the truth."""
+        clip, past = shown[0], data.spec.window.past
         first = share[0] * len(clip["text"])
         truth, predicted = (
             video[first:][:config.sample_clips] for video in jax.device_get(imagine(
                 step_lib.averaged(state), sharding.global_batch(mesh, clip), put(0))))
-        there = clip["frame_mask"][:len(predicted), 1:]
+        there = clip["frame_mask"][:len(predicted), past:]
         if main_process:
             pairs = np.concatenate([truth, predicted], axis=2)  # The truth above.
             wide = np.concatenate(list(pairs), axis=2)
             (workdir / "samples").mkdir(exist_ok=True)
-            write_video(workdir / "samples" / f"{step:07d}.mp4", wide, config.data.fps)
-            writer.video(step, "truth_above_prediction", wide, config.data.fps)
-        copied = np.broadcast_to(truth[:, :1], truth.shape)
-        return {"psnr": psnr(predicted, truth)[:, 1:][there].mean(),
-                "psnr_of_first_frame": psnr(copied, truth)[:, 1:][there].mean()}
+            write_video(workdir / "samples" / f"{step:07d}.mp4", wide, config.data.window.fps)
+            writer.video(step, "truth_above_prediction", wide, config.data.window.fps)
+        copied = np.broadcast_to(truth[:, past - 1:past], truth.shape)
+        return {"psnr": psnr(predicted, truth)[:, past:][there].mean(),
+                "psnr_of_last_frame": psnr(copied, truth)[:, past:][there].mean()}
 
     # -- Loop ------------------------------------------------------------------------------------
     writer = metrics.MetricWriter(workdir, config.steps, config.batch_size, start.step)
-    running, window = None, start.progress.get("window", [])
+    running, unlogged = None, start.progress.get("unlogged", [])
 
     def collect():
         """Takes over the numbers of the step that runs; stops the run when they are not finite."""
         nonlocal running
         if running is not None:
             step, numbers = running
-            window.append({name: float(x) for name, x in jax.device_get(numbers).items()})
+            unlogged.append({name: float(x) for name, x in jax.device_get(numbers).items()})
             running = None
-            metrics.check_finite(step, window[-1])
+            metrics.check_finite(step, unlogged[-1])
 
     # Closing the checkpoints waits for those that are being written, also when the run fails.
     with (jax.set_mesh(mesh), jax.transfer_guard("disallow"), writer,
@@ -173,27 +181,19 @@ def _train(config: step_lib.TrainConfig, raw_config: Mapping, workdir: epath.Pat
                 extra |= sample(step)
             if extra or due(step, config.log_every, config.steps):
                 collect()
-                means = {name: np.mean([w[name] for w in window]) for name in numbers}
+                means = {name: np.mean([w[name] for w in unlogged]) for name in numbers}
                 bad = {"bad_records": distributed.total(batches.bad_records)}
                 writer.scalars(step, means | extra | bad)
-                window.clear()
+                unlogged.clear()
             else:
                 writer.advance(step)
             if stop or due(step, config.save_every, config.steps):
                 collect()
                 writer.flush()
                 checkpoints.save(step, state, data=batches.get_state(), assets=assets,
-                                 progress={**extra, "window": window},
+                                 progress={**extra, "unlogged": unlogged},
                                  validation=extra.get("validation_loss"))
             if stop and step < config.steps:
                 distributed.note(f"Stopped by a signal after step {step}; it is saved.")
                 break
         checkpoints.wait()
-
-
-def observe(clip: Mapping) -> dict:
-    """The observation that a clip starts with."""
-    seen = {key: clip[key] for key in ("text", "state", "state_mask")}
-    if "latents" in clip:  # Codecs are causal: the first latent frame is that of the first frame.
-        return {"latents": clip["latents"][:, :1], **seen}
-    return {"video": clip["video"][:, :, :1], "view_mask": clip["view_mask"], **seen}

@@ -20,7 +20,7 @@ $python -m jaxvp.main --config=configs/pretrain.py --workdir="$out/pretrain"
 
 step "Fine-tune the action head"
 $python -m jaxvp.main --config=configs/finetune.py --workdir="$out/finetune" \
-    --config.init_from="$out/pretrain"
+    "--config.init_from['*']=$out/pretrain"
 
 step "Export"
 if [ ! "$out/bundle/policy.json" -nt "$out/finetune/checkpoints" ]; then

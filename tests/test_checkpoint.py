@@ -1,4 +1,6 @@
 import functools
+import gc
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,21 @@ import pytest
 
 from jaxvp import checkpoint, optim, sharding
 from jaxvp.checkpoint import CheckpointError, Checkpoints, restore_or_init
-from jaxvp.data.clips import ClipSpec
+from jaxvp.config import build
+from jaxvp.data.spec import ClipSpec, Window
 from jaxvp.rules import named_leaves
 
 # When one array cannot be read, Orbax closes its event loop while others are still on their way.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def what_orbax_left():
+    """Is collected before the test ends, and with it the filter of the warning."""
+    yield
+    gc.collect()
+
 
 SPECS = ((".*kernel", ("fsdp",)),)
 FINE_TUNING = optim.OptimizerConfig(learning_rate=1e-3, weight_decay=0.1,
@@ -105,50 +116,63 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path, state, abstract):
 
 
 def test_resume_order(tmp_path, state, abstract, capsys):
-    other, source, own = (make_state(seed) for seed in (1, 2, 3))
+    other, own = make_state(1), make_state(3)
     save(tmp_path / "resume", other, 5)
-    save(tmp_path / "source", source, 9)
     save(tmp_path / "own", own, 2)
-    paths = {"resume": str(tmp_path / "resume"), "init_from": str(tmp_path / "source")}
+    resume = str(tmp_path / "resume")
 
-    first = restore_or_init(Checkpoints(tmp_path / "own"), abstract, fail, **paths)
+    first = restore_or_init(Checkpoints(tmp_path / "own"), abstract, fail, resume)
     assert first.step == 2 and first.data == {"step": 6}
     assert_same(own, first.state)
 
     fresh = Checkpoints(tmp_path / "new")
-    second = restore_or_init(fresh, abstract, fail, **paths)
+    second = restore_or_init(fresh, abstract, fail, resume)
     assert second.step == 5 and second.data == {"step": 15}
     assert_same(other, second.state)
 
-    third = restore_or_init(fresh, abstract, lambda: state, init_from=paths["init_from"])
-    assert third.step == 0 and third.data == {}
-    assert_same(source["ema"], third.state["params"])
-    assert_same(source["ema"], third.state["ema"])
-    assert_same(state["opt_state"], third.state["opt_state"])
-
-    fourth = restore_or_init(fresh, abstract, lambda: state)
-    assert fourth.step == 0 and fourth.state is state
+    third = restore_or_init(fresh, abstract, lambda: state)
+    assert third.step == 0 and third.data == {} and third.state is state
     lines = capsys.readouterr().out.replace("\n", " ")
-    assert "Continuing from step 2" in lines and "Starting from scratch" in lines
+    assert "Continuing from step 2" in lines and "Continuing from step 5 of" in lines
 
 
-def test_init_from_names_what_is_new_and_what_is_left_out(tmp_path, capsys):
-    save(tmp_path / "source", make_state(1, head="inverse"), 4)
-    state = make_state(2)
-    head = np.asarray(state["params"]["action"]["kernel"])
-    started = restore_or_init(Checkpoints(tmp_path / "new"), abstract_of(state), lambda: state,
-                              init_from=str(tmp_path / "source"))
-    assert np.array_equal(started.state["params"]["action"]["kernel"], head)
-    assert_same(make_state(1)["ema"]["video"], started.state["params"]["video"])
-    lines = capsys.readouterr().out
-    assert "  action is not in the checkpoint and starts afresh." in lines
-    assert "  inverse of the checkpoint is not in the model and is left out." in lines
+@pytest.mark.parametrize("abstract_only", [False, True])
+def test_load_params_names_what_is_new_and_what_is_left_out(tmp_path, state, abstract_only):
+    """Leaves of the part that the checkpoint lacks stay as they are, and lie where they lay."""
+    source = jax.tree.map(lambda x: x, make_state(1, head="inverse"))
+    del source["params"]["video"]["block"]["bias"], source["ema"]["video"]["block"]["bias"]
+    save(tmp_path, source, 4)
+    wanted = (abstract_of(state) if abstract_only else state)["params"]
+    found, notes = checkpoint.load_params(tmp_path, wanted)
+    assert set(found) == {"video"}
+    kernel, bias = (found["video"]["block"][name] for name in ("kernel", "bias"))
+    assert bias is wanted["video"]["block"]["bias"]
+    assert np.array_equal(kernel, source["ema"]["video"]["block"]["kernel"])
+    assert kernel.sharding == state["params"]["video"]["block"]["kernel"].sharding
+    assert notes == ["  action is not in the checkpoint and starts afresh.",
+                     "  video/block/bias is not in the checkpoint and starts afresh."]
+    _, notes = checkpoint.load_params(tmp_path, {"video": {"block": {"kernel": kernel}}})
+    assert notes == []  # Nobody asked for the other part.
 
 
-def test_init_from_with_nothing_in_common(tmp_path, state):
+def test_load_params_says_what_the_model_has_no_place_for(tmp_path, state):
+    save(tmp_path, state, 4)
+    block = {"kernel": state["params"]["video"]["block"]["kernel"]}
+    _, notes = checkpoint.load_params(tmp_path, {"video": {"block": block}})
+    assert notes == ["  video/block/bias of the checkpoint is not in the model and is left out."]
+
+
+def test_load_params_of_another_shape(tmp_path, state, abstract):
+    save(tmp_path, state, 4)
+    abstract["params"]["action"]["kernel"] = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    with pytest.raises(CheckpointError, match=r"action/kernel is float32\[4, 2\], this run needs"):
+        checkpoint.load_params(tmp_path, {"action": abstract["params"]["action"]})
+
+
+def test_load_params_with_nothing_in_common(tmp_path, state):
     save(tmp_path, {"params": {"x": jnp.ones(2)}, "ema": {"x": jnp.ones(2)}}, 1)
     with pytest.raises(CheckpointError, match="no parameter in common: it has x, the model action"):
-        restore_or_init(Checkpoints(tmp_path / "new"), {}, lambda: state, init_from=str(tmp_path))
+        checkpoint.load_params(tmp_path, state["params"])
 
 
 @pytest.mark.parametrize("case", ["shape", "missing", "extra"])
@@ -186,6 +210,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.usefixtures("what_orbax_left")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, state, abstract, capsys, damage):
     newer = make_state(1)
@@ -204,6 +229,7 @@ def test_a_damaged_checkpoint_is_set_aside_loudly(tmp_path, state, abstract, cap
     assert_same(newer, own.restore_latest(abstract).state)
 
 
+@pytest.mark.usefixtures("what_orbax_left")
 def test_every_truncated_file_is_damage(tmp_path, state, abstract):
     """Orbax raises anything for it, a bare Exception among others."""
     save(tmp_path, state, 1)
@@ -238,18 +264,63 @@ def test_what_cannot_be_reached_is_not_damaged(tmp_path, state, abstract, monkey
     assert Checkpoints(tmp_path).steps == [1, 2]
 
 
+def write(workdir, state, data, **robots):
+    """A workdir that knows the statistics of these robots."""
+    own = Checkpoints(workdir)
+    own.save(1, state, data=data, assets={"normalizers": robots})
+    own.close()
+    return str(workdir)
+
+
 def test_origin_is_where_a_run_will_start(tmp_path, state):
-    assets = {"normalizers": {"arm": {"mode": "min_max"}}}
-    assert checkpoint.origin(tmp_path / "new") == checkpoint.Origin()
-    own = Checkpoints(tmp_path / "run")
-    own.save(1, state, data={"step": 1}, assets=assets)
-    own.wait()
-    for arguments, continues in (((tmp_path / "run",), True),
-                                 ((tmp_path / "new", str(tmp_path / "run")), True),
-                                 ((tmp_path / "new", "", str(tmp_path / "run")), False)):
-        found = checkpoint.origin(*arguments)
-        assert found.path.endswith("run/checkpoints/1") and found.continues == continues
-        assert found.normalizers == assets["normalizers"] and found.data == {"step": 1}
+    """Its own workdir goes on with its data, and so does what is resumed; what gives parameters
+    gives statistics only."""
+    arm = {"mode": "min_max"}
+    run = write(tmp_path / "run", state, {"step": 1}, arm=arm)
+    new = tmp_path / "new"
+    assert checkpoint.origin(new) == checkpoint.Origin()
+    assert checkpoint.origin(run, "nowhere", {"*": "nowhere"}) == checkpoint.Origin(
+        {"arm": arm}, {"step": 1})
+    assert checkpoint.origin(new, run) == checkpoint.Origin({"arm": arm}, {"step": 1})
+    assert checkpoint.origin(new, "", {"*": "", "video": run}) == checkpoint.Origin({"arm": arm})
+
+
+def test_statistics_of_a_named_part_count_before_those_of_all(tmp_path, state):
+    first = write(tmp_path / "first", state, {}, arm={"n": 1}, hand={"n": 1})
+    second = write(tmp_path / "second", state, {}, arm={"n": 2})
+    (tmp_path / "weights").mkdir()
+    paths = {"video": second, "*": first, "codec": str(tmp_path / "weights")}
+    for init_from in (paths, dict(reversed(paths.items()))):
+        found = checkpoint.origin(tmp_path / "new", init_from=init_from)
+        assert found == checkpoint.Origin({"arm": {"n": 2}, "hand": {"n": 1}})
+
+
+def test_statistics_of_a_bundle_are_those_of_its_robot(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "policy.json").write_text(json.dumps({
+        "robot": "arm", "action": {"min": [0]}, "state": None, "normalization": "quantile"}))
+    found = checkpoint.origin(tmp_path / "new", init_from={"*": str(tmp_path)})
+    assert found.normalizers == {
+        "arm": {"action": {"min": [0]}, "state": None, "mode": "quantile"}}
+    (tmp_path / "policy.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read: JSONDecodeError"):
+        checkpoint.origin(tmp_path / "new", init_from={"*": str(tmp_path)})
+
+
+def test_a_checkpoint_without_statistics_is_named(tmp_path, state):
+    save(tmp_path, state, 1)
+    with pytest.raises(CheckpointError, match="does not say by which statistics it was trained"):
+        checkpoint.origin(tmp_path / "new", str(tmp_path))
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("run", True), ("run/checkpoints", True), ("run/checkpoints/1", True), ("bundle", True),
+    ("wan", False), ("nowhere", False)])
+def test_what_is_a_checkpoint(tmp_path, state, path, expected):
+    save(tmp_path / "run", state, 1)
+    (tmp_path / "bundle" / "params").mkdir(parents=True)
+    (tmp_path / "wan" / "transformer").mkdir(parents=True)
+    assert checkpoint.is_checkpoint(tmp_path / path) == expected
 
 
 def test_when_all_are_damaged_nothing_is_moved(tmp_path, state, abstract):
@@ -292,12 +363,8 @@ def test_parts_without_an_average_are_taken_from_the_parameters(tmp_path, state,
     save(tmp_path, state, 1)
     expected = {**state["params"], "action": state["ema"]["action"]}
     assert_same(expected, checkpoint.restore_params(tmp_path))
-    other = jax.tree.map(lambda x: x, make_state(1))
-    del other["ema"]["action"]
-    start = restore_or_init(Checkpoints(tmp_path / "new"), abstract_of(other), lambda: other,
-                            init_from=str(tmp_path))
-    assert_same(expected, start.state["params"])
-    assert_same({"video": expected["video"]}, start.state["ema"])
+    found, _ = checkpoint.load_params(tmp_path, make_state(1)["params"])
+    assert_same(expected, found)
 
 
 @pytest.mark.parametrize("make, found", [(False, "nothing"), (True, "an empty workdir")])
@@ -317,10 +384,13 @@ def test_nothing_is_logged(tmp_path, state, abstract, caplog, capsys):
 
 
 def test_assets_say_where_a_run_comes_from():
-    spec = ClipSpec(cameras=("head",), num_frames=2, fps=5.0, chunk=4, height=8, width=8,
-                    text_length=16, action_size=2, state_size=2)
+    spec = ClipSpec(cameras=("head",), window=Window(fps=5.0, future=1, chunk=4), height=8,
+                    width=8, text_length=16, action_size=2, state_size=2,
+                    extra={"latents": (2, 1, 1, 4)})
     assets = checkpoint.run_assets({"steps": 3, "rates": (1, 2)}, spec, {}, {"arm": {"fps": 5}})
-    assert assets["config"] == {"steps": 3, "rates": [1, 2]} and assets["spec"]["chunk"] == 4
+    assert assets["config"] == {"steps": 3, "rates": [1, 2]}
+    # As JSON it becomes the spec again.
+    assert build(ClipSpec, json.loads(json.dumps(assets["spec"]))) == spec
     assert assets["embodiments"] == {"arm": {"fps": 5}}
     assert {"python", "jax", "orbax-checkpoint"} <= assets["versions"].keys()
     assert isinstance(assets["git_revision"], str)

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxvp.errors import UserError, naming, one_line_errors, os_error
+from jaxvp.errors import UserError, did_you_mean, naming, one_line_errors, os_error
 
 
 def ends(action) -> str:
@@ -85,3 +85,10 @@ def test_what_orbax_says_of_a_file_in_place_of_a_folder(tmp_path):
         with ocp.StandardCheckpointer() as reader:
             reader.restore(tmp_path / "params")
     assert ends(read) == f"error: {data}: Is a directory"
+
+
+def test_the_nearest_name_is_suggested():
+    known = ("lift_tray", "red_on_plate")
+    assert did_you_mean("lift_trai", known) == " Did you mean 'lift_tray'?"
+    assert did_you_mean("lift_trai", known, str) == " Did you mean lift_tray?"
+    assert did_you_mean("x", known) == ""

@@ -113,7 +113,7 @@ def test_a_few_names_for_a_message(make, tmp_path):
 
 # What lists folders that jaxvp itself writes, or its own modules.
 OWN = {"data_builders/build.py", "data_builders/writer.py", "jaxvp/checkpoint.py",
-       "jaxvp/data/precompute.py", "jaxvp/files.py", "jaxvp/main.py", "jaxvp/metrics.py",
+       "jaxvp/tools/precompute.py", "jaxvp/files.py", "jaxvp/main.py", "jaxvp/metrics.py",
        "jaxvp/policy/bundle.py", "jaxvp/policy/digests.py", "jaxvp/train.py"}
 
 

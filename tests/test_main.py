@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import finetune, libero, pretrain
+from configs import finetune, libero, pretrain, video_policy
 from jaxvp import main
 from jaxvp.config import ConfigError, build
 from jaxvp.step import TrainConfig
@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("config", [
     *map(pretrain.get_config, ("", "all", *pretrain.WAN)),
-    *map(finetune.get_config, finetune.VARIANTS), libero.get_config()])
+    *map(finetune.get_config, finetune.VARIANTS), libero.get_config(),
+    *map(video_policy.get_config, video_policy.VARIANTS)])
 def test_every_config_is_complete(config):
     assert config.mesh.fsdp and config.microbatches == 1
     build(TrainConfig, config)
@@ -40,10 +41,11 @@ def one_error(run) -> str:
 @pytest.mark.parametrize("flag, message", [
     ("--config.mehs.fsdp=2", 'does not have: .*Did you mean "mesh"'),
     ("--config.batch_size=abc", "flag --config.batch_size=abc: invalid literal"),
-    ("--config.init_from=nowhere", "No checkpoint in nowhere: expected a workdir"),
+    ("--config.init_from.video=nowhere", r"config.init_from\['video'\]: there is no nowhere"),
+    ("--config.init_from['*']=nowhere", r"config.init_from\['\*'\]: there is no nowhere"),
     ("--config.mesh.fsdp=3", "fsdp=3, context=1, tensor=1, which does not fit 1 devices"),
     ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate: expected a finite"),
-    ("--config.data.fps=inf", "config.data.fps: expected a finite"),
+    ("--config.data.window.fps=inf", "config.data.window.fps: expected a finite"),
 ])
 def test_a_wrong_flag_is_one_line(flag, message, tmp_path):
     run = command(f"--config={ROOT}/configs/pretrain.py", flag, f"--workdir={tmp_path}/run",

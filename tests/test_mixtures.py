@@ -10,8 +10,8 @@ from configs import mixtures
 from data_builders import build
 from data_builders.open_x.datasets import DATASETS
 from jaxvp import config
-from jaxvp.data.mixture import DataConfig
 from jaxvp.data.observation import LAYOUTS
+from jaxvp.data.sources import DataConfig
 
 MIXTURES = {name: config.build(DataConfig, mixtures.get_config(name).data)
             for name in mixtures.MIXTURES}
@@ -49,7 +49,7 @@ def test_a_clip_is_not_faster_than_its_source(data, source):
         fps = 12  # Its files say it.
     else:
         fps = module.FPS if hasattr(module, "FPS") else builder.source_fps
-    assert data.fps <= builder.rate(fps)
+    assert data.window.fps <= builder.rate(fps)
 
 
 def test_every_dataset_is_built_once():

@@ -13,33 +13,37 @@ from configs import finetune, libero, pretrain
 from data_builders.build import builder_class, builder_names
 from data_builders.tabletop import tabletop
 from jaxvp.config import ConfigError, Range, build, convert
-from jaxvp.data.mixture import SourceConfig
-from jaxvp.methods import base, video_policy
+from jaxvp.data.sources import DataConfig, SourceConfig, clip_spec
+from jaxvp.data.spec import ClipSpec
+from jaxvp.methods import base
+from jaxvp.methods.latent_space import CODECS
+from jaxvp.methods.video_model import VideoModel
 from jaxvp.methods.video_policy import VideoPolicy
 from jaxvp.models.action_head import ActionHead
 from jaxvp.models.text_encoder import ByteTextEncoder
 from jaxvp.models.transformer import VideoTransformer
-from jaxvp.step import TrainConfig
+from jaxvp.step import TrainConfig, make_method
 
-# What is built of the fields that are mappings; () of those that hold no numbers.
+# What is built of the fields that are mappings; () of those that are no fields of anything.
 MAPPINGS = {
     (TrainConfig, "method"): tuple(map(base.get, base.REGISTRY)),
     (TrainConfig, "embedded"): (tabletop.Builder,),
-    (TrainConfig, "pretrained"): (),
+    (TrainConfig, "init_from"): (),
+    (DataConfig, "extra"): (),
     (SourceConfig, "cameras"): (),
-    (VideoPolicy, "video"): (VideoTransformer,),
+    (VideoPolicy, "video"): (VideoModel,),
     (VideoPolicy, "head"): (ActionHead,),
-    (VideoPolicy, "text"): (ByteTextEncoder,),
-    (VideoPolicy, "codec"): tuple(video_policy.CODECS.values()),
+    (VideoModel, "transformer"): (VideoTransformer,),
+    (VideoModel, "text"): (ByteTextEncoder,),
+    (VideoModel, "codec"): tuple(CODECS.values()),
 }
-# What no config sets: the sizes of the clips, which follow from DataConfig.
-FOLLOWS = {(VideoPolicy, "spec")}
 
 
 def hints_of(cls) -> dict:
+    """Name to type of the fields that a config sets: the clips' sizes follow from DataConfig."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)
-            if (cls, field.name) not in FOLLOWS}
+            if hints[field.name] is not ClipSpec}
 
 
 def parts(hint):
@@ -50,13 +54,18 @@ def parts(hint):
             yield from parts(argument)
 
 
+def bare(hint):
+    return typing.get_origin(hint) or hint
+
+
 def reachable(cls) -> dict:
     """The dataclasses that a config of `cls` is made of, in order."""
     found = {cls: None}
     for name, hint in hints_of(cls).items():
         inner = [part for part in parts(hint) if dataclasses.is_dataclass(part)]
-        if not inner and collections.abc.Mapping in parts(hint) or (cls, name) in MAPPINGS:
-            inner = MAPPINGS[cls, name]
+        if not inner and collections.abc.Mapping in map(bare, parts(hint)):
+            inner = next(MAPPINGS[parent, name] for parent in cls.__mro__
+                         if (parent, name) in MAPPINGS)
         for part in inner:
             found |= reachable(part)
     return found
@@ -89,6 +98,8 @@ def outside(hint):
     elif origin in (typing.Union, types.UnionType):
         for choice in arguments:
             yield from outside(choice)
+    elif origin is collections.abc.Mapping:
+        yield from ({"x": value} for value in outside(arguments[1]))
     elif origin is tuple:
         items = arguments[:1] if arguments[-1] is Ellipsis else arguments
         for i, item in enumerate(items):
@@ -129,8 +140,8 @@ def test_a_builder_refuses_by_itself(cls):
 def test_the_walk_finds_what_a_config_is_made_of():
     names = {cls.__name__ for cls in reachable(TrainConfig)}
     assert names >= {"TrainConfig", "DataConfig", "SourceConfig", "OptimizerConfig", "MeshConfig",
-                     "VideoPolicy", "VideoTransformer", "ActionHead", "ByteTextEncoder",
-                     "PixelCodec", "WanVAE", "Builder"}
+                     "Window", "VideoPolicy", "VPP", "VideoModel", "VideoTransformer", "ActionHead",
+                     "ByteTextEncoder", "PixelCodec", "WanVAE", "Builder"}
     assert len(NUMBERS) > 80
 
 
@@ -151,7 +162,7 @@ def test_ranges():
     ("batch_size", -8, "config.batch_size: expected int >= 1, found -8"),
     ("data.image_size", (0, 16), "config.data.image_size: expected int >= 1 | tuple"),
     ("data.sources", ({"path": "x", "weight": 0.0},), r"data.sources\[0\].weight: expected float"),
-    ("execution_horizon", 100, r"config.execution_horizon is 100: .* config.data.chunk = 12"),
+    ("execution_horizon", 100, r"config.execution_horizon is 100: .*data.window.chunk = 12"),
 ])
 def test_messages(key, value, message):
     config = pretrain.get_config().to_dict()
@@ -169,12 +180,7 @@ def test_messages(key, value, message):
     *map(finetune.get_config, finetune.VARIANTS), libero.get_config()])
 def test_the_methods_of_the_configs_are_in_range(config):
     """TrainConfig alone does not look into its mappings."""
-    method = dict(config.method)
-    hints = hints_of(base.get(method.pop("name")))
-    for name, value in method.items():
-        convert(value, hints[name], name)
-    for name in ("video", "head", "text"):
-        (cls,) = MAPPINGS[VideoPolicy, name]
-        options = {key: value for key, value in method.get(name, {}).items() if key != "size"}
-        for key, value in options.items():
-            convert(value, hints_of(cls)[key], f"{name}.{key}")
+    built = build(TrainConfig, config)
+    spec = clip_spec(built.data)
+    make_method(built, dataclasses.replace(
+        spec, action_size=spec.action_size or 1, state_size=spec.state_size or 1))

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -16,10 +17,10 @@ from data_builders.tabletop.tabletop import Builder
 from jaxvp import checkpoint, export, train
 from jaxvp import step as step_lib
 from jaxvp.config import ConfigError
+from jaxvp.config import build as build_config
 from jaxvp.data import augment, mixture
 from jaxvp.errors import UserError
 from jaxvp.metrics import NonFiniteError
-from jaxvp.policy import bundle
 from jaxvp.rules import named_leaves
 
 
@@ -86,110 +87,97 @@ def test_a_killed_run_continues_bit_for_bit(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def stages(dataset, tmp_path_factory):
-    """Workdirs of the two stages, `video` and `action`, and the config of the second."""
+    """Workdirs of the two stages, `video` and `action`."""
     folder = tmp_path_factory.mktemp("stages")
     train.train(config_of(dataset), folder / "video")
-    config = config_of(dataset, finetune, init_from=str(folder / "video"))
-    train.train(config, folder / "action")
-    return folder, config
+    train.train(config_of(dataset, finetune, init_from={"*": str(folder / "video")}),
+                folder / "action")
+    return folder
 
 
-def test_action_stage_starts_from_the_video_stage_and_leaves_it_alone(stages, tmp_path):
-    folder, config = stages
-    before = named_leaves(checkpoint.restore_params(folder / "video"))
-    after = weights(folder / "action", 4)
-    changed = {name.split("/")[0] for name in after if (after[name] != before[name]).any()}
-    assert changed == {"action"}
+def parts(leaves):
+    return {name.partition("/")[0] for name in leaves}
+
+
+def test_a_stage_has_its_parts_and_leaves_alone_what_it_reads(stages):
+    before = named_leaves(checkpoint.restore_params(stages / "video"))
+    after = weights(stages / "action", 4)
+    assert parts(before) == {"video", "text"} and parts(after) == {"video", "text", "action"}
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(after[name], leaf, err_msg=name)
     # Only what is trained has an average; the rest of what is exported is as it was.
-    averages = weights(folder / "action", 4, "ema")
-    assert {name.split("/")[0] for name in averages} == {"action"}
-    for name, leaf in named_leaves(checkpoint.restore_params(folder / "action")).items():
-        np.testing.assert_array_equal(leaf, averages.get(name, before[name]), err_msg=name)
-
-    export.export(folder / "action", tmp_path / "bundle", batch_size=2)
-    policy = bundle.load(tmp_path / "bundle")
-    seen = {"video": np.zeros((3, 3, 1, 16, 16, 3), np.uint8), "view_mask": np.ones((3, 3), bool),
-            "text": np.ones((3, 96), np.int32), "state": np.zeros((3, 8), np.float32),
-            "state_mask": np.ones((3, 8), bool)}
-    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 3))
-    actions = policy.act(seen, np.asarray(keys))
-    config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
-    method = step_lib.make_method(config, step_lib.ClipSpec(**checkpoint.restore_json(
-        folder / "action", "assets")["spec"]))
-    params = checkpoint.restore_params(folder / "action")
-    expected = jax.jit(method.act)(params, seen, jax.random.wrap_key_data(keys))
-    np.testing.assert_allclose(actions, expected, atol=1e-5)
-    assert policy.imagine(seen, np.asarray(keys)).shape == (3, 3, 24, 16, 3)
-    with pytest.raises(ValueError, match="--robot=aloha"):
-        export.export(folder / "action", tmp_path / "other", 2, "aloha")
+    averages = weights(stages / "action", 4, "ema")
+    assert parts(averages) == {"action"}
+    exported = named_leaves(checkpoint.restore_params(stages / "action"))
+    assert exported.keys() == after.keys()
+    for name, leaf in exported.items():
+        np.testing.assert_array_equal(leaf, averages.get(name, before.get(name)), err_msg=name)
 
 
-@pytest.mark.parametrize("absent", ["embodiments", "spec"])
-def test_a_workdir_of_an_older_version(stages, tmp_path, monkeypatch, absent):
-    assets = checkpoint.restore_json(stages[0] / "action", "assets")
-    monkeypatch.setattr(checkpoint, "restore_json", lambda *_: {
-        name: value for name, value in assets.items() if name != absent} | {"step": 4})
-    with pytest.raises(UserError, match=f"action was written by another version .*{absent}"):
-        export.export(stages[0] / "action", tmp_path / "bundle", 2)
+def test_a_named_part_comes_from_a_workdir(dataset, stages, tmp_path, capsys):
+    config = config_of(dataset, finetune, init_from={"text": str(stages / "video")})
+    train.train(config, tmp_path)
+    found, before = weights(tmp_path, 4), named_leaves(checkpoint.restore_params(stages / "video"))
+    same = {part: all(np.array_equal(found[name], leaf) for name, leaf in before.items()
+                      if name.startswith(f"{part}/")) for part in ("text", "video")}
+    assert same == {"text": True, "video": False}
+    assert "Initialised at random: action, video." in capsys.readouterr().out
 
 
-def test_parameters_of_an_older_version(stages, tmp_path, monkeypatch):
-    params = checkpoint.restore_params(stages[0] / "action")
-    del params["action"]
-    monkeypatch.setattr(checkpoint, "restore_params", lambda _: params)
-    with pytest.raises(UserError, match=r"other parameters, such as action/.*: expected \(.*, "
-                       r"found none. Use that one"):
-        export.export(stages[0] / "action", tmp_path / "bundle", 2)
-    assert not (tmp_path / "bundle").exists()
+def test_parts_come_from_a_bundle(dataset, stages, tmp_path):
+    export.export([stages / "action"], tmp_path / "bundle", batch_size=1)
+    config = config_of(dataset, finetune, init_from={"*": str(tmp_path / "bundle")})
+    train.train(config, tmp_path / "again")
+    expected = named_leaves(checkpoint.restore_params(stages / "action"))
+    for name, leaf in weights(tmp_path / "again", 4).items():
+        assert np.array_equal(leaf, expected[name]) == (not name.startswith("action/")), name
 
 
-def test_a_video_stage_gives_no_policy(stages, tmp_path):
-    with pytest.raises(UserError, match="stage 'video', which trains no policy"):
-        export.export(stages[0] / "video", tmp_path / "bundle", 2)
-    assert not (tmp_path / "bundle").exists()
+def test_statistics_of_known_robots_come_with_the_parameters(
+        dataset, stages, tmp_path, capsys, tmp_path_factory):
+    """Of other data; a bundle brings those of its robot."""
+    other = tmp_path_factory.mktemp("other")
+    builder = Builder(episodes=3, tasks=("core",), image_size=16, val_fraction=0)
+    build(builder, builder.items(), other, num_workers=1)
+    export.export([stages / "action"], tmp_path / "bundle", batch_size=1)
+    first = checkpoint.restore_json(stages / "video", "assets")["normalizers"]
+    own = tmp_path / "own"
+    train.train(config_of(str(other), steps=1, **{"optimizer.warmup_steps": 0}), own)
+    assert checkpoint.restore_json(own, "assets")["normalizers"] != first
+    assert "is normalised as in the checkpoint" not in capsys.readouterr().out
+    for name, path in (("workdir", stages / "video"), ("bundle", tmp_path / "bundle")):
+        config = config_of(str(other), steps=1, init_from={"*": str(path)},
+                           **{"optimizer.warmup_steps": 0})
+        train.train(config, tmp_path / f"from_{name}")
+        found = checkpoint.restore_json(tmp_path / f"from_{name}", "assets")["normalizers"]
+        assert found == first, name
+        assert "is normalised as in the checkpoint" in capsys.readouterr().out
 
 
-def test_an_export_needs_an_empty_folder(stages, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty"):
-        export.export(stages[0] / "action", tmp_path, 2)
-    with pytest.raises(NotADirectoryError):
-        export.export(stages[0] / "action", tmp_path / "notes.txt", 2)
-    with pytest.raises(UserError, match="--batch_size must be at least 1, found 0"):
-        export.export(stages[0] / "action", tmp_path / "new", 0)
-
-
-def test_a_run_on_crops_is_validated_and_exported_on_the_middle(dataset, tmp_path):
-    """24 of 32 pixels are shown; the loader has enlarged pictures of 16."""
+def test_validation_is_of_the_middle_and_hides_nothing(dataset, tmp_path):
+    """24 of 32 pixels are shown; the loader has enlarged pictures of 16. Text and state are hidden
+    from every clip in training, from none here."""
     config = config_of(dataset, steps=2, validate_every=2, **{
-        "stage": "joint", "data.crop": 0.75, "data.source_size": 32, "method.video_steps": 1,
-        "method.action_steps": 1})
+        "stage": "joint", "data.crop": 0.75, "data.source_size": 32, "method.state_dropout": 1.0,
+        "method.video.text_dropout": 1.0})
     train.train(config, tmp_path / "run")
-    export.export(tmp_path / "run", tmp_path / "bundle", batch_size=2)
-    config = step_lib.config_lib.build(step_lib.TrainConfig, config, "config")
-    clip = mixture.validation_batches(config.data, 8, 1)[0]
+    config = build_config(step_lib.TrainConfig, config)
+    data = mixture.Mixture(config.data)
+    clip = data.validation(data.spec.window, 8, 1)[0]
     assert clip["video"].shape[3:5] == (32, 32)
-    spec = mixture.clip_spec(config.data, mixture.statistics(config.data))
-    method, params = step_lib.make_method(config, spec), checkpoint.restore_params(tmp_path / "run")
-    middle = augment.fit({**clip, "video": clip["video"][..., 4:28, 4:28, :]}, spec)
+    method = step_lib.make_method(config, data.spec)
+    params = checkpoint.restore_params(tmp_path / "run")
+    middle = augment.fit({**clip, "video": clip["video"][..., 4:28, 4:28, :]}, data.spec)
 
-    @jax.jit
-    def loss(clip):
-        return method.loss(params, clip, step_lib.clip_keys(config.seed, 0, 8), "joint")[0]
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(clip, train=False):
+        keys = step_lib.clip_keys(config.seed, 0, 8)
+        return method.loss(params, clip, keys, "joint", train)[0]
 
     found = rows(tmp_path / "run")[-1]["validation_loss"]
     np.testing.assert_allclose(found, loss(middle), rtol=1e-4)
-    assert abs(found - loss(augment.fit(clip, spec))) > 1e-3 * found
-
-    policy, keys = bundle.load(tmp_path / "bundle"), jax.random.split(jax.random.key(0), 8)
-    assert policy.manifest.image_size == (32, 32)
-    actions = policy.act(train.observe(clip), np.asarray(jax.random.key_data(keys)))
-    expected = jax.jit(method.act)(params, train.observe(middle), keys)
-    np.testing.assert_allclose(actions, expected, atol=1e-3)
-    frames = policy.imagine(train.observe(clip), np.asarray(jax.random.key_data(keys)))[:, 0]
-    off = [np.abs(frames - np.float32(method.shown(params, seen)[:, 0])).mean()
-           for seen in (middle, augment.fit(clip, spec))]
-    assert off[0] < 0.5 < off[1]
+    assert abs(found - loss(augment.fit(clip, data.spec))) > 1e-3 * found
+    assert abs(found - loss(middle, True)) > 1e-5 * found
 
 
 def test_eight_devices_train_as_one(dataset, tmp_path):
@@ -209,7 +197,7 @@ def test_validation_samples_and_one_compilation(dataset, tmp_path, caplog):
     compiled = [r.getMessage() for r in caplog.records if "Compiling jit(update)" in r.getMessage()]
     assert len(compiled) == 1
     last = rows(tmp_path)[-1]
-    assert {"psnr", "psnr_of_first_frame", "validation_loss", "clips_per_second",
+    assert {"psnr", "psnr_of_last_frame", "validation_loss", "clips_per_second",
             "bad_records"} < last.keys()
     assert (tmp_path / "samples" / "0000004.mp4").stat().st_size > 0
     assert list((tmp_path / "tensorboard").iterdir())
@@ -228,7 +216,7 @@ def test_relative_workdirs(dataset, tmp_path, monkeypatch):
     """The default workdir is relative, and so is what the README passes on."""
     monkeypatch.chdir(tmp_path)
     train.train(config_of(dataset, steps=2), "video")
-    train.train(config_of(dataset, steps=2, init_from="video"), "again")
+    train.train(config_of(dataset, steps=2, init_from={"*": "video"}), "again")
     assert checkpoint.restore_json("again", "progress")["step"] == 2
     assert weights(tmp_path / "again", 2).keys() == named_leaves(
         checkpoint.restore_params("again")).keys()
@@ -244,7 +232,8 @@ def test_dry_run_writes_nothing(dataset, tmp_path, capsys):
 @pytest.mark.parametrize("every", ["validate_every", "sample_every"])
 def test_what_is_validated_on_is_looked_at_before_the_first_step(
         dataset, tmp_path, monkeypatch, dry_run, every):
-    monkeypatch.setattr(step_lib, "build", lambda *args: pytest.fail("the step was built"))
+    for name in ("start", "describe"):
+        monkeypatch.setattr(step_lib.Step, name, lambda *args: pytest.fail("the state was made"))
     config = config_of(dataset, **{every: 2})
     config.data.sources = ({"path": dataset, "validation_split": "vla"},)
     with pytest.raises(UserError, match=r"has no split 'vla' to validate on, but \['train', 'val'"):
@@ -254,26 +243,37 @@ def test_what_is_validated_on_is_looked_at_before_the_first_step(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"batchsize": 3}, "config.batchsize does not exist. Did you mean config.batch_size?"),
-    ({"method.video.widht": 3}, "config.method.video.widht does not exist"),
-    ({"method.name": "vidar2"}, "known methods"),
+    ({"method.video.transformer.widht": 3},
+     "config.method.video.transformer.widht does not exist"),
+    ({"method.video.sizes": 3}, "config.method.video.sizes does not exist"),
+    ({"method.name": "vidar2"}, "config.method.name='vidar2' does not exist"),
+    ({"method.name": "toy_methd:Toy"}, "there is no module toy_methd"),
     ({"stage": "vidoe"}, "has stages"),
-    ({"data.fsp": 3.0}, "config.data.fsp does not exist. Did you mean config.data.fps?"),
+    ({"data.window.fsp": 3.0}, "config.data.window.fsp does not exist. Did you mean .*window.fps?"),
+    ({"data.window.past": 0}, "config.data.window.past: expected int >= 1, found 0"),
     ({"steps": "many"}, "config.steps: expected int, found 'many'"),
     ({"mesh": {"data": 3}}, "does not fit 8 devices"),
     ({"batch_size": 6}, "batch_size is 6: expected a multiple.*the nearest is 8"),
     ({"data.image_size": 12}, "multiples of"),
-    ({"init_from": "nowhere"}, "No checkpoint in nowhere"),
+    ({"init_from": {"*": "nowhere"}}, r"config.init_from\['\*'\]: there is no nowhere"),
+    ({"init_from": {"video": "nowhere"}}, r"config.init_from\['video'\]: there is no nowhere"),
+    ({"init_from": {"action": "."}}, r"config.init_from.action=.: this stage has the parts"),
+    ({"init_from": {"*": "tests"}}, r"config.init_from\['\*'\]=tests: expected a workdir or a bun"),
+    ({"init_from": {"text": "tests"}}, "config.init_from.text: there are published weights of"),
     ({"method.taps": (0, 2)}, r"config.method.taps=\(0, 2\): expected different blocks .* 0 to 1"),
     ({"method.taps": ()}, r"config.method.taps=\(\): expected different blocks .* at least one"),
-    ({"method.shift": -1.0}, "config.method.shift: expected float > 0, found -1.0"),
-    ({"method.codec": {"name": "pixel", "patch": 0}}, "config.method.codec.patch: expected int >="),
-    ({"method.video.heads": 0}, "config.method.video.heads: expected int >= 1, found 0"),
+    ({"method.video.shift": -1.0}, "config.method.video.shift: expected float > 0, found -1.0"),
+    ({"method.video.codec": {"name": "pixel", "patch": 0}},
+     "config.method.video.codec.patch: expected int >="),
+    ({"method.video.transformer.heads": 0},
+     "config.method.video.transformer.heads: expected int >= 1, found 0"),
     ({"batch_size": 8000}, "batch_size is 8000, but the data has only"),
-    ({"data.chunk": 200}, "data.chunk is 200, but the longest record"),
+    ({"data.window.chunk": 200}, "data.window.chunk is 200, but the longest record"),
 ])
 def test_bad_configs_name_the_key(dataset, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         train.train(config_of(dataset, **changes), tmp_path)
+    assert not (tmp_path / "checkpoints" / "1").exists()
 
 
 def test_a_workdir_of_another_config_is_refused(dataset, tmp_path):

@@ -8,20 +8,26 @@ import orbax.checkpoint as ocp
 from configs import pretrain
 from jaxvp.rules import named_leaves
 
-SMALL = {
-    "method.video.width": 16, "method.video.ffn": 32, "method.video.layers": 2,
-    "method.video.unroll": 1, "method.taps": (0, 1), "method.text.width": 8,
+TINY = {
+    "data.image_size": 16, "data.window.future": 2, "data.window.chunk": 4,
+    "execution_horizon": 2, "embedded": {}, "optimizer.warmup_steps": 1, "batch_size": 8,
+    "log_every": 1, "validate_every": 0, "validation_batches": 1, "sample_every": 0,
+    "sample_clips": 2, "save_every": 3, "keep": 9,
+}
+SMALL = TINY | {
+    "method.video.transformer.width": 16, "method.video.transformer.ffn": 32,
+    "method.video.transformer.layers": 2, "method.video.transformer.unroll": 1,
+    "method.video.text.width": 8, "method.video.steps": 2, "method.taps": (0, 1),
     "method.head.width": 16, "method.head.layers": 1, "method.head.heads": 2,
-    "method.video_steps": 2, "method.action_steps": 2, "data.image_size": 16,
-    "data.num_frames": 3, "data.chunk": 4, "execution_horizon": 2, "embedded": {},
-    "optimizer.warmup_steps": 1, "batch_size": 8, "log_every": 1, "validate_every": 0,
-    "validation_batches": 1, "sample_every": 0, "sample_clips": 2, "save_every": 3, "keep": 9,
+    "method.action_steps": 2,
 }
 
 
 def config_of(dataset, base=pretrain, **changes):
+    """A config of `base` with a method of SMALL sizes, or another one that `changes` name."""
     config = base.get_config()
-    for key, value in (SMALL | {"steps": 4} | changes).items():
+    sizes = TINY if "method" in changes else SMALL
+    for key, value in (sizes | {"steps": 4} | changes).items():
         with config.unlocked(), config.ignore_type():
             *path, last = key.split(".")
             functools.reduce(getattr, path, config)[last] = value

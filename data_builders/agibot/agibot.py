@@ -119,21 +119,18 @@ class Builder(builder.RawBuilder):
             for camera, file in videos.items()
         }
         for number, end, text, steps in chosen:
-            yield episode.Episode(
-                dataset=self.name,
+            yield self.episode(
+                item, FPS, steps,
                 episode_id=f"{name}/{number}",
                 robot=ROBOTS[self.hand],
                 images={camera: [frames[step] for step in steps]
                         for camera, frames in jpegs.items()},
                 camera_text=", ".join(f"a {camera.replace('_', ' ')} view" for camera in jpegs),
-                state=state[steps],
-                action=None if action is None else episode.accumulate(action[:end], steps),
+                state=state,
+                action=None if action is None else action[:end],
                 instruction=text,
-                fps=self.rate(FPS),
                 source=f"proprio_stats/{name}/proprio_stats.h5:steps {steps[0]} to {end}",
-                options=self.options(),
-                notes=[*notes, *cut],
-            )
+                notes=[*notes, *cut])
 
     def _columns(self, file: h5py.File) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         """(float64[L, S], float64[L, A] or None, notes) of a file.

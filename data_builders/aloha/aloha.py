@@ -105,21 +105,17 @@ class Builder(builder.RawBuilder):
             speeds = np.arange(action.shape[1]) >= len(ARMS)
             steps = self.kept(length, FPS, action, speeds)
             encoded = {name: self._jpegs(frames, steps) for name, frames in found.items()}
-        yield episode.Episode(
-            dataset=self.name,
+        yield self.episode(
+            item, FPS, steps,
             episode_id=item.removesuffix(".hdf5"),
             robot=("" if real else "simulated ") + ("mobile " if base else "") + ROBOT,
             images=encoded,
             camera_text="cameras " + ", ".join(
                 name.removeprefix("cam_").replace("_", " ") for name in encoded),
-            state=state[steps],
-            action=episode.accumulate(action, steps),
+            state=state,
+            action=action,
             instruction=text,
-            fps=self.rate(FPS),
-            source=item,
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
     def _jpegs(self, frames: h5py.Dataset, steps: np.ndarray) -> list[bytes]:
         if frames.ndim < 4:  # JPEGs padded with zeros; else RGB.

@@ -94,19 +94,16 @@ class Builder(builder.RawBuilder):
         steps = self.kept(len(files), FPS, action, RELATIVE)
         keys = [f"rgb_{camera}" for camera in views]
         frames = [images.jpegs(read(files[step], *keys), self.image_size) for step in steps]
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        yield self.episode(
+            item, FPS, steps,
             robot="simulated Panda arm of CALVIN, end-effector deltas",
             images=dict(zip(views, map(list, zip(*frames, strict=True)), strict=True)),
-            camera_text=", ".join(CAMERAS[camera] for camera in views),
-            state=state[steps],
-            action=episode.accumulate(action, steps, RELATIVE),
+            camera_text=CAMERAS,
+            state=state,
+            action=action,
+            relative=RELATIVE,
             instruction=instruction,
-            fps=self.rate(FPS),
-            source=f"{folder}/{files[0].name}",
-            options=self.options(),
-        )
+            source=f"{folder}/{files[0].name}")
 
 
 @contextlib.contextmanager

@@ -127,22 +127,20 @@ class Builder(builder.RawBuilder):
         action = action[:length]
         action[:, :6] *= LARGEST
         steps = self.kept(length, FPS, action, RELATIVE)
-        yield episode.Episode(
-            dataset=self.name,
+        yield self.episode(
+            item, FPS, steps,
             episode_id=number,
             robot="Franka Panda arm with a Robotiq gripper, end-effector displacements",
             images={camera: video.jpegs(path, steps, self.image_size)
                     for camera, path in videos.items()},
-            camera_text=", ".join(CAMERAS[camera] for camera in videos),
-            state=state[steps],
-            action=episode.accumulate(action, steps, RELATIVE),
+            camera_text=CAMERAS,
+            state=state,
+            action=action,
+            relative=RELATIVE,
             instruction=instruction,
-            fps=self.rate(FPS),
             source=f"{item}/trajectory.h5",
-            options=self.options(),
             success=success,
-            notes=notes,
-        )
+            notes=notes)
 
     def _number(self, item: str) -> str:
         """The episode id, which is in the name of the metadata."""

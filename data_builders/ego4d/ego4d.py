@@ -199,19 +199,14 @@ class Builder(builder.RawBuilder):
         self.admit(length, FPS, views=1)
         steps = self.kept(length, FPS)
         source = f"{self.videos}/{item.uid}.mp4"
-        return episode.Episode(
-            dataset=self.name,
+        return self.episode(
+            item, FPS, steps,
             episode_id=f"{item.uid}/{number}",
             robot="human hands",
             images={"head": self._images(source, item, start + steps / FPS)},
             camera_text="one head camera",
-            state=None,
-            action=None,
             instruction=instruction,
-            fps=self.rate(FPS),
-            source=f"{source}:{start:.2f}-{end:.2f}",
-            options=self.options(),
-        )
+            source=f"{source}:{start:.2f}-{end:.2f}")
 
     def _text(self, text: str) -> str:
         """What is said, without tags such as the first part of "#C C picks a cup".

@@ -119,20 +119,17 @@ class Builder(builder.RawBuilder):
             raise Skip(f"tracked for less than {self.min_tracked:g} of the time")
         instruction = self.instruction(text)
         steps = self.kept(len(action), FPS, action)
-        yield episode.Episode(
-            dataset=self.name,
+        yield self.episode(
+            item, FPS, steps,
             episode_id=item,
             robot="human hands, poses of wrists and fingertips",
             images={"head": video.jpegs(path, steps, self.image_size)},
             camera_text="one head camera",
-            state=poses[steps],
-            action=episode.accumulate(action, steps),
+            state=poses,
+            action=action,
             instruction=instruction,
-            fps=self.rate(FPS),
             source=f"{item}.hdf5",
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
     def _tracked(self, file: h5py.File) -> float:
         """The share of the time for which a joint is tracked; 1 without confidences."""

@@ -114,21 +114,18 @@ class Builder(builder.RawBuilder):
         relative = [name in self.relative for name in _names(action)]
         steps = self.kept(length, dataset.fps, actions, relative)
         path = dataset.data_path(index).relative_to(self.path())
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        yield self.episode(
+            item, dataset.fps, steps,
             robot=self.robot or self._robot_type(dataset),
             images={camera: dataset.jpegs(index, camera, steps, self.image_size)
                     for camera in frames},
             camera_text="cameras " + ", ".join(name.replace("_", " ") for name in frames),
-            state=None if states is None else states[steps],
-            action=None if actions is None else episode.accumulate(actions, steps, relative),
-            instruction=[texts[step] for step in steps],
-            fps=self.rate(dataset.fps),
+            state=states,
+            action=actions,
+            relative=relative,
+            instruction=texts,
             source=f"{path}:episode_index {index}",
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
     def datasets(self) -> dict[str, Dataset]:
         """Folder below --raw to the dataset in it, in order.

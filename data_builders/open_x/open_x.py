@@ -149,18 +149,16 @@ class Builder(builder.RawBuilder):
             camera: [images.recode(encoded[late + step], self.image_size, camera in swapped)
                      for step in steps]
             for camera, encoded in frames.items()}
-        return episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        return self.episode(
+            item, entry.fps, steps,
             robot=entry.robot,
             images=pictures,
-            camera_text=", ".join(VIEWS[camera] for camera in frames),
-            state=state[steps] if entry.state else None,
-            action=episode.accumulate(action, steps, relative),
-            instruction=[texts[step] for step in steps],
-            fps=self.rate(entry.fps),
+            camera_text=VIEWS,
+            state=state if entry.state else None,
+            action=action,
+            relative=relative,
+            instruction=texts,
             source=self.episode_id(item),
-            options=self.options(),
             success=success)
 
     def _frames(self, record: tfrecord.Example) -> dict[str, Sequence[bytes]]:

@@ -83,20 +83,15 @@ class Builder(builder.RawBuilder):
             steps = self.kept(len(action), FPS, action)
             images = {camera: hdf5.recoded(frames, start + steps, self.image_size, swapped=True)
                       for camera, frames in views.items()}
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        yield self.episode(
+            item, FPS, steps,
             robot="mobile ALOHA two-armed robot of RDT, joint positions",
             images=images,
-            camera_text=", ".join(CAMERAS[camera] for camera in images),
-            state=state[steps],
-            action=episode.accumulate(action, steps),
+            camera_text=CAMERAS,
+            state=state,
+            action=action,
             instruction=instruction,
-            fps=self.rate(FPS),
-            source=item,
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
     def _text(self, item: str, file: h5py.File) -> str | bytes | None:
         """The instruction, None where there is none of this kind."""

@@ -150,20 +150,17 @@ class Builder(builder.RawBuilder):
         action = action[:length].astype(np.float64)
         action[:, 6] = (1 - action[:, 6].clip(-1, 1)) / 2  # The controller closes at 1.
         steps = self.kept(length, FPS, action, RELATIVE)
-        return episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        return self.episode(
+            item, FPS, steps,
             robot="mobile Panda arm of RoboCasa, end-effector deltas",
             images={camera: jpegs(camera, steps) for camera in counts},
-            camera_text=", ".join(CAMERAS[camera] for camera in counts),
-            state=state[steps],
-            action=episode.accumulate(action, steps, RELATIVE),
+            camera_text=CAMERAS,
+            state=state,
+            action=action,
+            relative=RELATIVE,
             instruction=instruction,
-            fps=self.rate(FPS),
             source="{}:{}".format(*item),
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
 
 # Its metadata is read once for all of its episodes.

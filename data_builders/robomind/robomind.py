@@ -102,20 +102,15 @@ class Builder(builder.RawBuilder):
             steps = self.kept(length, self.source_fps, action)
             encoded = {camera: hdf5.recoded(frames, steps, self.image_size, spec.swapped, recode)
                        for camera, frames in views.items()}
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        yield self.episode(
+            item, self.source_fps, steps,
             robot=spec.robot,
             images=encoded,
-            camera_text=", ".join(spec.cameras[camera] for camera in encoded),
-            state=state[steps],
-            action=episode.accumulate(action, steps),
-            instruction=[instruction[step] for step in steps],
-            fps=self.rate(self.source_fps),
-            source=item,
-            options=self.options(),
-            notes=notes,
-        )
+            camera_text=spec.cameras,
+            state=state,
+            action=action,
+            instruction=instruction,
+            notes=notes)
 
     def _columns(self, file: h5py.File, keys) -> np.ndarray:
         """float64[L, S] of all `keys`, at the frames' rate, grippers 1 when open.

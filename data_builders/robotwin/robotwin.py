@@ -106,20 +106,15 @@ class Builder(builder.RawBuilder):
             steps = self.kept(length, fps, action)
             images = {camera: hdf5.recoded(frames, steps, self.image_size, swapped=True)
                       for camera, frames in views.items()}
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=self.episode_id(item),
+        yield self.episode(
+            item, fps, steps,
             robot=ROBOTS[self.robot][0],
             images=images,
             camera_text="cameras " + ", ".join(images).replace("_", " "),
-            state=state[steps],
-            action=episode.accumulate(action, steps),
+            state=state,
+            action=action,
             instruction=instruction,
-            fps=self.rate(fps),
-            source=item,
-            options=self.options(),
-            notes=notes,
-        )
+            notes=notes)
 
     def _texts(self, item: str):
         """The instructions beside a file of the first layout, None where there are none."""

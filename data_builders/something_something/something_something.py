@@ -69,16 +69,10 @@ class Builder(builder.RawBuilder):
         length, fps = video.measure(path)
         self.admit(length, fps, views=1)
         steps = self.kept(length, fps)
-        yield episode.Episode(
-            dataset=self.name,
-            episode_id=number,
+        yield self.episode(
+            item, fps, steps,
             robot="human hands",
             images={"camera": video.jpegs(path, steps, self.image_size)},
             camera_text="one camera",
-            state=None,
-            action=None,
             instruction=instruction,
-            fps=self.rate(fps),
-            source=source,
-            options=self.options(),
-        )
+            source=source)

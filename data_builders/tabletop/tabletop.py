@@ -5,7 +5,6 @@ about 21 steps each at 10 steps per second.
 """
 
 import dataclasses
-import difflib
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from data_builders import builder, episode
 from data_builders.builder import Skip, option
 from jaxvp.config import NonNegativeFloat, PositiveInt, Seed
 from jaxvp.envs import tabletop
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, did_you_mean
 
 TASKS = {name: (name,) for name in tabletop.SEEN_TASKS | tabletop.UNSEEN_TASKS} | {
     "core": tuple(tabletop.CORE_TASKS),
@@ -53,9 +52,8 @@ class Builder(builder.Builder):
             raise UserError(f"--tasks is empty: name some of {', '.join(TASKS)}.")
         for name in self.tasks:
             if name not in TASKS:
-                close = difflib.get_close_matches(name, TASKS, 1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise UserError(f"--tasks: no task {name!r}.{hint} There are {', '.join(TASKS)}.")
+                raise UserError(f"--tasks: no task {name!r}.{did_you_mean(name, TASKS)} There are "
+                                f"{', '.join(TASKS)}.")
         return tuple(dict.fromkeys(task for name in self.tasks for task in TASKS[name]))
 
     def features(self):

@@ -1,4 +1,4 @@
-"""Parts of records of an ArrayRecord file, read where they lie.
+"""Parts of records of an ArrayRecord file, read without the rest of the record.
 
 The library's reader copies and hashes a whole record, 0.5 GB/s, to get at one image in it. A file
 that was written with OPTIONS holds its records as they are, but for 24 bytes in front of every
@@ -36,7 +36,7 @@ class Value:
 def positions(path: Path, count: int) -> list[int]:
     """Where in the file its first `count` records begin, headers of blocks not counted.
 
-    -1 for a record that is compressed, lies in a chunk with others, or behind a damaged header.
+    -1 for a record that is compressed, shares a chunk with others, or comes after a damaged header.
     """
     found, position, end = [], 0, path.stat().st_size
     with path.open("rb") as file:

@@ -1,5 +1,5 @@
-"""What a run would meet late, or never notice, looked at when the data is opened: its texts, robots
-and lengths."""
+"""Checks of texts, robots and lengths when data is opened: a run would meet what is wrong with them
+late, or never notice it."""
 
 import json
 import operator
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxvp.data import rates
-from jaxvp.data.clips import ClipSpec
 from jaxvp.data.rlds import Episodes, cached
+from jaxvp.data.spec import Window
 from jaxvp.data.statistics import digest
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings, texts_of
@@ -22,7 +22,7 @@ RATE = "steps per second"
 
 
 def distinct_texts(episodes: Episodes) -> list[str]:
-    """The unified texts of these records, sorted; read once, and kept beside the data."""
+    """The unified texts of these records, sorted; read once, and kept with the data."""
     def make(folder: Path):
         (folder / "texts.json").write_text(json.dumps(sorted(texts_of(episodes))))
 
@@ -31,8 +31,8 @@ def distinct_texts(episodes: Episodes) -> list[str]:
 
 
 def check_texts(episodes: Episodes, length: int, embeddings: TextEmbeddings | None):
-    """Raises UserError when a text of these records is longer than `length` bytes, or than `length`
-    tokens of its embedding, or has no embedding where there are any; of several the longest."""
+    """Raises UserError when a text of these records is longer than `length` bytes, or, with
+    embeddings, has none or one of more than `length` tokens; names the longest such text."""
     check = embeddings.check if embeddings else ByteTokenizer.check
     for text in sorted(distinct_texts(episodes), key=lambda text: -len(text.encode())):
         try:
@@ -42,8 +42,8 @@ def check_texts(episodes: Episodes, length: int, embeddings: TextEmbeddings | No
 
 
 def check_robots(sources: Iterable[Episodes]):
-    """Raises UserError when records with actions of one robot differ in what its policy has only
-    one of: steps per second, and the options in PROTOCOL that their builder was given."""
+    """Raises UserError when the records with actions of one robot differ in their steps per second,
+    or in the builder's options named in PROTOCOL: a policy has one of each."""
     known = {}
     for episodes in sources:
         for robot in episodes.robots():
@@ -63,33 +63,35 @@ def check_robots(sources: Iterable[Episodes]):
                         "give the robots different names.")
 
 
-def check_lengths(spec: ClipSpec, sources: Iterable[Episodes]) -> list[str]:
-    """Looks whether any record is as long as a clip, and any with actions as a chunk.
+def check_lengths(window: Window, sources: Iterable[Episodes]) -> list[str]:
+    """Compares the lengths of the records with those of a clip and of a chunk.
 
     Returns:
-      Notes: no clip has all of its frames; a robot has no whole chunk, though others have.
+      Notes for the user: no record has all frames of a clip; a robot has no record with all actions
+      of a chunk, though others have.
 
     Raises:
-      UserError: no chunk is whole, so that a policy would do what it was never trained to.
+      UserError: no record has all actions of a chunk, so the last ones would never be trained.
     """
     whole, seconds, steps = False, 0.0, {}
     for episodes in sources:
         fps = episodes.fps.astype(np.float64)
-        last = np.floor((spec.num_frames - 1) * fps / spec.fps + 0.5)
-        whole |= bool((last < episodes.lengths).any())
+        first, last = (np.floor(frame * fps / window.fps + 0.5)  # As Window.steps, of all records.
+                       for frame in (1 - window.past, window.future))
+        whole |= bool((last - first < episodes.lengths).any())
         seconds = max(seconds, float((episodes.lengths / fps).max()))
         for robot in episodes.robots():
             records = episodes.records_of(robot)
             if len(records := records[episodes.has_action[records]]):
                 longest = int(episodes.lengths[records].max())
                 steps[robot] = max(steps.get(robot, 0), longest)
-    if steps and (longest := max(steps.values())) < spec.chunk:
-        raise UserError(f"data.chunk is {spec.chunk}, but the longest record with actions has "
-                        f"{longest} steps: no chunk would be whole.")
-    notes = [f"Robot {robot!r} has no record of data.chunk = {spec.chunk} steps, but at most "
-             f"{longest}: the last actions of its chunks are not trained."
-             for robot, longest in steps.items() if longest < spec.chunk]
+    if steps and (longest := max(steps.values())) < window.chunk:
+        raise UserError(f"data.window.chunk is {window.chunk}, but the longest record with actions "
+                        f"has {longest} steps: no chunk would be whole.")
+    notes = [f"Robot {robot!r} has no record of data.window.chunk = {window.chunk} steps, but at "
+             f"most {longest}: the last actions of its chunks are not trained."
+             for robot, longest in steps.items() if longest < window.chunk]
     if not whole:
         notes.append(f"The longest record has {seconds:.3g} seconds, so no clip has all of its "
-                     f"{spec.num_frames} frames at {spec.fps:g} per second.")
+                     f"{window.frames} frames at {window.fps:g} per second.")
     return notes

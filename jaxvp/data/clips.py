@@ -1,132 +1,72 @@
-"""Clips: what models are trained on, cut from episodes at every start step."""
+"""Clips: what models are trained on, cut from episodes around every step."""
 
 import collections
-import dataclasses
 import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
 import rich
 
 from jaxvp.data import observation, rates
 from jaxvp.data.normalize import Normalizer
 from jaxvp.data.rlds import BadRecord, Episodes, Record, decode_image
+from jaxvp.data.spec import ClipSpec, Window
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import COMMAND, TextEmbeddings
 from jaxvp.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipSpec:
-    """The shape of every clip.
-
-    Attributes:
-      cameras: the V views, in canvas order.
-      num_frames: T; fps: frames per second of the video, at most the dataset's.
-      chunk: P, actions at the dataset's rate.
-      height, width: H, W of every view.
-      text_length: M.
-      action_size, state_size: A and S, the largest of the mixture; smaller ones are padded and
-        masked.
-      text_width: D of embedded text; 0: text is bytes.
-      source_size: (H, W) of the views as they are loaded, which the device resizes; (): as above.
-      latents: (t, h, w, c) of stored latents, which stand in for the video; (): there are none.
-    """
-
-    cameras: tuple[str, ...]
-    num_frames: int
-    fps: float
-    chunk: int
-    height: int
-    width: int
-    text_length: int
-    action_size: int
-    state_size: int
-    text_width: int = 0
-    source_size: tuple[int, ...] = ()
-    latents: tuple[int, ...] = ()
-
-    @property
-    def text(self) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype of a clip's text: int32[M] tokens, or their bfloat16[M, D] embedding."""
-        if self.text_width:
-            return (self.text_length, self.text_width), np.dtype(ml_dtypes.bfloat16)
-        return (self.text_length,), np.dtype(np.int32)
-
-    @property
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of what a clip consists of."""
-        views, size = len(self.cameras), self.source_size or (self.height, self.width)
-        pictures = {"latents": (self.latents, np.float16)} if self.latents else {
-            "video": ((views, self.num_frames, *size, 3), np.uint8),
-            "view_mask": ((views,), bool)}
-        return pictures | {
-            "frame_mask": ((self.num_frames,), bool),
-            "text": self.text,
-            "action": ((self.chunk, self.action_size), np.float32),
-            "action_mask": ((self.chunk, self.action_size), bool),
-            "state": ((self.state_size,), np.float32),
-            "state_mask": ((self.state_size,), bool),
-            "source": ((), np.int32),
-        }
-
-    def empty(self, *batch: int) -> dict[str, np.ndarray]:
-        """The arrays of a clip, or of a batch of them, to be filled."""
-        return {name: np.empty((*batch, *shape), dtype)
-                for name, (shape, dtype) in self.arrays.items()}
-
-
 class Views:
-    """The pictures of the clips of one source, which has one at every step.
+    """The pictures of the clips of one source; every step is the now of one.
 
     Attributes:
       cameras: the dataset's name of every view, None for one that it lacks.
-      stride: steps from one clip to the next.
+      stride: steps from the now of one clip to that of the next.
     """
 
     stride = 1
 
     def __init__(self, episodes: Episodes, spec: ClipSpec,
                  names: Mapping[str, str | None] | None = None):
-        """Raises UserError when the dataset lacks a camera, or frames per second.
+        """Finds the cameras.
 
         Args:
           episodes: the data.
-          spec: shapes.
+          spec: the arrays of a clip.
           names: view to the dataset's name for it, None for a view that the dataset lacks; by
             default the names are the same.
+
+        Raises:
+          UserError: the dataset lacks a camera, or `names` has one that is no view.
         """
-        self.episodes, self.spec = episodes, spec
-        names = names or {}
+        self.episodes, self.spec, names = episodes, spec, names or {}
         if unknown := set(names) - set(spec.cameras):
-            raise UserError(
-                f"cameras of the source {episodes.folder} names {sorted(unknown)}: the views are "
-                f"{spec.cameras}."
-            )
+            raise UserError(f"cameras of the source {episodes.folder} names {sorted(unknown)}: the "
+                            f"views are {spec.cameras}.")
         self.cameras = tuple(names.get(camera, camera) for camera in spec.cameras)
         missing = [c for c in self.cameras if c is not None and c not in episodes.cameras]
         if missing:
+            hint = "" if not episodes.extra else (
+                f" It stores {tuple(episodes.extra)}: name them in data.extra, with "
+                "data.video=False.")
             raise UserError(
                 f"{episodes.folder} has no camera {missing[0]!r}; it has {episodes.cameras}. Map "
-                "views to its names in the source's `cameras`, to None for a view that it lacks."
-            )
-        if not rates.at_least(slowest := float(episodes.fps.min()), spec.fps):
-            raise UserError(
-                f"{episodes.folder} has {slowest:g} frames per second, clips want {spec.fps:g}: "
-                "lower data.fps."
-            )
+                "views to its names in the source's `cameras`, to None for a view that it "
+                f"lacks.{hint}")
+        if not rates.at_least(slowest := float(episodes.fps.min()), spec.window.fps):
+            raise UserError(f"{episodes.folder} has {slowest:g} frames per second, clips want "
+                            f"{spec.window.fps:g}: lower data.window.fps.")
 
-    def fill(self, record: int, steps: Record, step: int, clip: Mapping[str, np.ndarray]):
-        """Fills what a clip that begins at `step` shows: video, view_mask and frame_mask.
+    def fill(self, record: int, steps: Record, now: int, clip: Mapping[str, np.ndarray]):
+        """Fills what a clip shows: video and view_mask.
 
         Raises:
           BadRecord: an image cannot be read or decoded.
         """
-        frames, clip["frame_mask"][:] = _frames(self.episodes, record, step, self.spec)
+        frames, _ = frame_steps(self.episodes, record, now, self.spec.window)
         layout = self.episodes.text("camera_layout", record).split(",")
         video = clip["video"]
         for view, camera in enumerate(self.cameras):
@@ -148,45 +88,72 @@ class Views:
                     video[view, k] = observation.resize(image, *video.shape[2:4])
 
 
-class Latents:
-    """The same of a source that jaxvp.data.precompute wrote: latents in place of pictures."""
+class Extras:
+    """Arrays that jaxvp.tools.precompute stored of the clips of one source, for every `stride`-th
+    step as now; attributes as of `Views`."""
 
-    def __init__(self, episodes: Episodes, spec: ClipSpec):
-        """Raises UserError when they were made for other clips."""
+    def __init__(self, episodes: Episodes, spec: ClipSpec, layout: str):
+        """Looks what is stored.
+
+        Args:
+          episodes: the data.
+          spec: the arrays of a clip; layout: of the canvas.
+
+        Raises:
+          UserError: an array is not stored, or was computed of other clips.
+        """
         self.episodes, self.spec = episodes, spec
-        stored = episodes.stored_latents
-        self.stride, self.cameras = stored["stride"], tuple(stored["views"])
-        wanted = {"cameras": list(spec.cameras), "num_frames": spec.num_frames, "fps": spec.fps,
-                  "image_size": [spec.height, spec.width], "latents": list(spec.latents)}
-        differing = [f"{name} {stored[name]}, not {value}" for name, value in wanted.items()
-                     if not (rates.same(stored[name], value) if name == "fps"
-                             else stored[name] == value)]
-        if differing:
-            raise UserError(f"{episodes.folder} holds latents of other clips: "
-                            f"{'; '.join(differing)}. Run jaxvp.data.precompute for this config.")
+        if missing := set(spec.extra) - set(episodes.extra):
+            raise UserError(f"{episodes.folder} stores {tuple(episodes.extra) or 'no arrays'}, not "
+                            f"{min(missing)!r}, which data.extra names: run jaxvp.tools.precompute "
+                            "for this config.")
+        window, first = spec.window, episodes.extra[next(iter(spec.extra))]
+        self.stride, self.cameras = first["stride"], tuple(first["views"])
+        for name, shape in spec.extra.items():
+            stored = episodes.extra[name]
+            wanted = {"shape": list(shape), "layout": layout, "cameras": list(spec.cameras),
+                      "image_size": [spec.height, spec.width], "past": window.past,
+                      "stride": self.stride, "views": list(self.cameras)}
+            differing = [f"{key} {stored[key]}, not {value}" for key, value in wanted.items()
+                         if stored[key] != value]
+            if not rates.same(stored["fps"], window.fps):
+                differing.append(f"fps {stored['fps']}, not {window.fps}")
+            if stored["future"] < window.future:
+                differing.append(f"future {stored['future']}, not {window.future} or more")
+            if differing:
+                raise UserError(f"{episodes.folder} stores {name!r} of other clips: "
+                                f"{'; '.join(differing)}. Run jaxvp.tools.precompute for this "
+                                "config.")
 
-    def fill(self, record: int, steps: Record, step: int, clip: Mapping[str, np.ndarray]):
-        """Fills latents and frame_mask; raises BadRecord when they cannot be read."""
-        _, clip["frame_mask"][:] = _frames(self.episodes, record, step, self.spec)
-        data = np.frombuffer(steps.images["latents"][step], np.float16)
-        clip["latents"][...] = data.reshape(self.spec.latents)
+    def fill(self, record: int, steps: Record, now: int, clip: Mapping[str, np.ndarray]):
+        """Fills the extra arrays; raises BadRecord when they cannot be read."""
+        for name, shape in self.spec.extra.items():
+            clip[name][...] = np.frombuffer(steps.images[name][now], np.float16).reshape(shape)
 
 
-def _frames(episodes: Episodes, record: int, step: int, spec: ClipSpec):
-    """(steps that a clip shows, whether they are before the end of the record) for T frames."""
-    last, rate = int(episodes.lengths[record]) - 1, float(episodes.fps[record]) / spec.fps
-    frames = step + np.floor(np.arange(spec.num_frames) * rate + 0.5).astype(np.int64)
-    return np.minimum(frames, last).tolist(), frames <= last
+def frame_steps(episodes: Episodes, record: int, now: int, window: Window
+                ) -> tuple[list[int], np.ndarray]:
+    """The steps of a record that the T frames of a clip show, and bool[T], whether the record has
+    them: before its beginning and after its end, its nearest step is shown instead."""
+    last = int(episodes.lengths[record]) - 1
+    steps = now + window.steps(float(episodes.fps[record]))
+    return _clamp(steps, last).tolist(), (steps >= 0) & (steps <= last)
+
+
+def _clamp(steps: np.ndarray, last: int) -> np.ndarray:
+    return np.minimum(np.maximum(steps, 0), last)  # np.clip takes three times as long.
 
 
 class Clips:
-    """All clips of one source, by number: a pair (record, start step) each, no list of pairs.
+    """All clips of one source, by number: a pair (record, now) each, no list of pairs.
 
-    Clip i starts at step s of its record: any step, or any that has latents. Frame k is the step
-    nearest to s + k * dataset fps / fps, the actions are s..s+P-1, the state and the text are those
-    of s. Past the end the last frame and action are repeated and masked.
+    The now of a clip is a step s of its record: any step, or any that arrays are stored for. Frame
+    k, from 1 - past to future, is the step nearest to s + k * dataset fps / fps; states are those
+    of the observed frames, actions those of s - past_actions .. s + P - 1, the text is that of s.
+    What is before the beginning or after the end of the record is its nearest step, masked; actions
+    before the beginning are 0, as a policy gets them: the first action would tell what to predict.
 
-    What cannot be read or decoded replaces the clip by the one at the same step of the next
+    A clip that cannot be read or decoded is replaced by the one at the same step of the next
     record; its record is counted in `bad_records`, {number in the split: message}.
     """
 
@@ -196,6 +163,7 @@ class Clips:
         spec: ClipSpec,
         *,
         source: int,
+        layout: str,
         normalizers: Mapping[str, Normalizer],
         cameras: Mapping[str, str | None] | None = None,
         embeddings: TextEmbeddings | None = None,
@@ -205,8 +173,9 @@ class Clips:
 
         Args:
           episodes: the data.
-          spec: shapes, the same for all sources of a mixture.
+          spec: the arrays of a clip, the same for all sources of a mixture.
           source: the number of this source in the mixture.
+          layout: of the canvas, a name in `observation.LAYOUTS`.
           normalizers: of every robot in the data.
           cameras: view to the dataset's name for it, None for a view that the dataset lacks; by
             default the names are the same.
@@ -215,20 +184,23 @@ class Clips:
 
         Raises:
           UserError: a camera, a normalizer or the embeddings of the texts are missing, or the
-            dataset has fewer frames per second than the clip, or latents of other clips, or more
-            than `max_bad_records` bad records are known.
+            dataset has fewer frames per second than the clip, or stores arrays of other clips, or
+            more than `max_bad_records` bad records are known.
         """
         self.episodes, self.spec, self._source = episodes, spec, source
         self.normalizers, self._max_bad_records = normalizers, max_bad_records
-        self._pictures = (Latents(episodes, spec) if spec.latents
-                          else Views(episodes, spec, cameras))
-        self.cameras = self._pictures.cameras
+        self._parts = [Views(episodes, spec, cameras)] if spec.video else []
+        self._parts += [Extras(episodes, spec, layout)] if spec.extra else []
+        self.cameras, self._stride = self._parts[-1].cameras, self._parts[-1].stride
+        if self._parts[0].cameras != self.cameras:
+            raise UserError(f"{episodes.folder} stores arrays of the cameras {self.cameras}, but "
+                            f"the source's `cameras` are {self._parts[0].cameras}.")
         if missing := set(episodes.robots()) - set(normalizers):
             raise UserError(
                 f"{episodes.folder} has robots {sorted(missing)} without statistics; there are "
                 f"statistics of {sorted(normalizers)}."
             )
-        self._counts = -(-episodes.lengths // self._pictures.stride)
+        self._counts = -(-episodes.lengths // self._stride)
         self._ends = np.cumsum(self._counts, dtype=np.int64)
         self._text = self._text_reader(embeddings)
         self.bad_records: dict[int, str] = dict(episodes.damaged)
@@ -253,38 +225,45 @@ class Clips:
         record = int(np.searchsorted(self._ends, index, side="right"))
         start = index - int(self._ends[record] - self._counts[record])
         while True:
-            step = min(start, int(self._counts[record]) - 1) * self._pictures.stride
+            step = min(start, int(self._counts[record]) - 1) * self._stride
             try:
                 return self._fill(record, step, clip)
             except BadRecord as error:
                 self._count_bad(record, str(error))
                 record = (record + 1) % len(self.episodes)
 
-    def _fill(self, record: int, step: int, clip: Mapping[str, np.ndarray]):
-        spec, steps = self.spec, self.episodes[record]
+    def _fill(self, record: int, now: int, clip: Mapping[str, np.ndarray]):
+        window, steps = self.spec.window, self.episodes[record]
         last = int(self.episodes.lengths[record]) - 1
         robot = self.episodes.text("robot", record)
-        instruction = steps.instruction[step].decode()
+        instruction = steps.instruction[now].decode()
         camera_text = self.episodes.text("camera_text", record)
-        self._pictures.fill(record, steps, step, clip)
+        for part in self._parts:
+            part.fill(record, steps, now, clip)
+        frames, clip["frame_mask"][:] = frame_steps(self.episodes, record, now, window)
         clip["text"][:] = self._text(observation.describe(robot, camera_text, instruction))
         clip["source"][...] = self._source
-        times = step + np.arange(spec.chunk)
-        there = (times <= last) & self.episodes.has_action[record]
+        times = now + np.arange(-window.past_actions, window.chunk)
+        there = (times >= 0) & (times <= last) & self.episodes.has_action[record]
         normalizer = self.normalizers[robot]
-        self._fill_column(normalizer, "action", steps.action, np.minimum(times, last), there, clip)
-        self._fill_column(normalizer, "state", steps.state, step, True, clip)
+        self._fill_column(normalizer, "action", steps.action, _clamp(times, last), there, clip)
+        self._fill_column(normalizer, "state", steps.state, frames[:window.past],
+                          clip["frame_mask"][:window.past], clip)
+        if "action" in clip:
+            clip["action"][:max(0, window.past_actions - now)] = 0
 
     def _fill_column(self, normalizer: Normalizer, column: str, values: np.ndarray | None,
-                     times: np.ndarray | int, there: np.ndarray | bool,
-                     clip: Mapping[str, np.ndarray]):
-        """Fills a column and its mask with the values at `times`, normalised and padded."""
+                     times: Sequence[int], there: np.ndarray, clip: Mapping[str, np.ndarray]):
+        """Fills a column and its mask with the values at `times`, normalised and padded; `there`:
+        whether the record has them. A clip without the column stays so."""
+        if column not in clip:
+            return
         result, mask = clip[column], clip[f"{column}_mask"]
         result[...], mask[...] = 0, False
-        if values is not None and np.any(there):
+        if values is not None and there.any():
             dimensions = values.shape[1]
-            result[..., :dimensions] = normalizer.normalize(column, values[times])
-            mask[..., :dimensions] = np.asarray(there)[..., None]
+            result[:, :dimensions] = normalizer.normalize(column, values[times])
+            mask[:, :dimensions] = there[:, None]
 
     def _text_reader(self, embeddings: TextEmbeddings | None) -> Callable[[str], np.ndarray]:
         """The function that turns a unified text into the clip's array."""
@@ -325,14 +304,14 @@ class BatchReader:
     """Makes batches of the clips of several sources; its threads fill the rows of one."""
 
     def __init__(self, clips: Mapping[int, Clips], num_threads: int, kept: int):
-        """`kept`: batches whose memory is used again when nothing refers to them any more; the
-        kernel clears new memory, which takes a seventh of the time of decoding into it."""
+        """`kept`: how many batches keep their memory, to be used again when nothing refers to them
+        any more; the kernel clears new memory, which takes a seventh of the time of decoding."""
         self._clips = clips
         self._map = ThreadPoolExecutor(num_threads).map if num_threads else map
         self._kept, self._lock = collections.deque(maxlen=kept), threading.Lock()
 
     def __call__(self, addresses: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """A batch of the clips with these numbers of sources and clips."""
+        """The batch of these clips, each given by the numbers of its source and of the clip."""
         batch = self._empty(len(addresses))
 
         def fill(row):
@@ -354,8 +333,8 @@ class BatchReader:
 
 
 def _references(arrays: Mapping[str, np.ndarray]) -> int:
-    """The most references that there are to one of the arrays; a view is one, and so is a device
-    that still reads it."""
+    """The number of references to the array that has most; a view is one, and so is a device that
+    still reads it."""
     return max(sys.getrefcount(array) for array in arrays.values())
 
 

@@ -1,7 +1,7 @@
-"""Statistics of action and state dimensions, and the map between SI units and [-1, 1]."""
+"""Statistics of action and state dimensions, and the map between SI units and normalised values."""
 
 import dataclasses
-import hashlib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxvp.errors import UserError
 
-MODES = ("min_max", "quantile")
-# A dimension that moves less than this, in its own unit, is constant: an arm that is not used.
+MODES = ("min_max", "quantile", "mean_std")
+# A dimension with a smaller range, in its own unit, is constant: an arm that is not used.
 CONSTANT = 1e-6
 # A dimension whose quantiles are closer than this share of its range is nearly constant.
 NEARLY_CONSTANT = 0.01
-# States that are farther from the data than this, where the data is in [-1, 1], look the same.
+# States are clipped to this many times the range of the data.
 STATE_LIMIT = 5.0
 
 
@@ -23,8 +23,8 @@ class Stats:
     """Statistics of one column, one number per dimension (A or S of them) in SI units.
 
     Attributes:
-      names: the dimensions, such as "left_x"; units: theirs, such as "m", "" for none.
-      count: number of steps they come from.
+      names: of the dimensions, such as "left_x"; units: such as "m", "" for none.
+      count: number of steps that the statistics come from.
       q01, q99: quantiles 0.01 and 0.99.
     """
 
@@ -48,20 +48,10 @@ class Stats:
         if len(set(sizes.values())) != 1:
             raise UserError(f"Statistics must have one entry per dimension each, found {sizes}.")
 
-    @classmethod
-    def of(cls, values: np.ndarray, names: Sequence[str], units: Sequence[str]) -> "Stats":
-        """Statistics of float[count, dimensions].
-
-        Raises:
-          UserError: there are no values, or one is not finite.
-        """
-        values = np.asarray(values)
-        stream = StatsStream(names, units, len(values))
-        stream.add(values, np.arange(len(values), dtype=np.uint64))
-        return stream.result()
-
     def bounds(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """float64 (low, high) that map to -1 and 1; low == high for a constant dimension."""
+        """float64 (low, high), the range of the data: minimum and maximum, or in the mode
+        "quantile" the quantiles, save where a dimension is nearly constant; low == high for a
+        constant dimension."""
         low, high = np.asarray(self.min), np.asarray(self.max)
         if mode == "quantile":
             # Of a gripper that is closed 99 % of the time, noise is all that the quantiles span.
@@ -70,16 +60,24 @@ class Stats:
             low, high = np.where(spread, q01, low), np.where(spread, q99, high)
         return low, np.where(high - low < CONSTANT, low, high)
 
+    def scale(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (offset, scale): values become (value - offset) / scale, and 0 where the scale is
+        0, in a constant dimension."""
+        low, high = self.bounds(mode)
+        if mode == "mean_std":
+            return np.where(high > low, self.mean, low), np.where(high > low, self.std, 0.0)
+        return (low + high) / 2, (high - low) / 2
+
 
 class StatsStream:
     """Statistics of one column whose steps come in parts, in bounded memory.
 
-    All but the quantiles are of all steps. The quantiles are of those with the smallest keys, a
-    sample that does not depend on the order and the size of the parts.
+    The quantiles come from the steps with the smallest keys, a sample that does not depend on the
+    order and the size of the parts; everything else comes from all steps.
     """
 
     def __init__(self, names: Sequence[str], units: Sequence[str], sample: int):
-        """`names`, `units`: as in `Stats`; `sample`: of how many steps quantiles are, at most."""
+        """`names`, `units`: as in `Stats`; `sample`: how many steps quantiles come from at most."""
         self.names, self.units, self._sample = tuple(names), tuple(units), sample
         self._count = 0
         self._min, self._max = np.full(len(names), np.inf), np.full(len(names), -np.inf)
@@ -92,7 +90,7 @@ class StatsStream:
 
         Args:
           values: float[n, dimensions].
-          keys: uint64[n]: a random number of each step, which stays the same wherever it comes.
+          keys: uint64[n], a random number of each step, always the same for the same step.
 
         Raises:
           UserError: a value is not finite.
@@ -128,10 +126,10 @@ class StatsStream:
         self._values, self._keys, self._kept = [values], [keys], len(keys)
 
     def result(self) -> Stats:
-        """The statistics of all that was added.
+        """The statistics of all steps that were added.
 
         Raises:
-          UserError: nothing was.
+          UserError: no step was added.
         """
         if not self._count:
             raise UserError(f"Statistics of {self.names} need at least one step.")
@@ -145,12 +143,13 @@ class StatsStream:
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-    """Maps the actions and states of one robot to [-1, 1] and back.
+    """Maps the actions and states of one robot to normalised values and back.
 
     Attributes:
       action, state: their statistics; None for a column that the data lacks.
-      mode: "min_max" maps the range to [-1, 1], "quantile" the quantiles 0.01 and 0.99; the range
-        of a nearly constant dimension, whose rare moves are outside of the quantiles.
+      mode: "min_max" maps the range of the data to [-1, 1]; "quantile" the quantiles 0.01 and 0.99,
+        or the range of a nearly constant dimension, whose rare moves are outside of the quantiles;
+        "mean_std" maps to mean 0 and standard deviation 1.
     """
 
     action: Stats | None
@@ -161,7 +160,41 @@ class Normalizer:
         if self.mode not in MODES:
             raise UserError(f"normalization must be one of {MODES}, found {self.mode!r}.")
 
-    def _bounds(self, column: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def normalize(self, column: str, values: np.ndarray) -> np.ndarray:
+        """SI units to normalised values.
+
+        Args:
+          column: "action" or "state".
+          values: float[..., A] or float[..., S].
+
+        Returns:
+          float32 of the same shape. Constant dimensions are 0. Actions are clipped to the range of
+          the data, which is [-1, 1] but for the mode "mean_std"; states to STATE_LIMIT times that
+          range, around its middle: a policy should see that it is outside of its data, and a joint
+          that has always held still should not become thousands.
+
+        Raises:
+          UserError: the column has no statistics, or another number of dimensions.
+        """
+        offset, scale, low, high = self._map(column, values)
+        values = np.clip(values, low, high)
+        return ((values - offset) / np.where(scale, scale, np.inf)).astype(np.float32)
+
+    def unnormalize(self, column: str, values: np.ndarray) -> np.ndarray:
+        """Normalised values to SI units, float32; the inverse of `normalize`, with the same
+        arguments and errors.
+
+        Actions are clipped to the range of the data: a policy stays in it.
+        """
+        offset, scale, low, high = self._map(column, values)
+        values = offset + np.asarray(values, np.float64) * scale
+        if column == "action":
+            values = np.clip(values, low, high)
+        return values.astype(np.float32)
+
+    def _map(self, column: str, values: np.ndarray) -> tuple[np.ndarray, ...]:
+        """float64 (offset, scale, low, high): of `Stats.scale`, and what values are clipped to, in
+        SI units; for a column that must have the dimensions of `values`."""
         stats = getattr(self, column)
         if stats is None:
             raise UserError(f"There are no statistics of {column}: the data has none.")
@@ -170,37 +203,17 @@ class Normalizer:
                 f"{column} must have {len(stats.names)} dimensions {stats.names}, "
                 f"found shape {np.shape(values)}."
             )
-        return stats.bounds(self.mode)
+        return self._maps[column]
 
-    def normalize(self, column: str, values: np.ndarray) -> np.ndarray:
-        """SI units to [-1, 1].
-
-        Args:
-          column: "action" or "state".
-          values: float[..., A] or float[..., S].
-
-        Returns:
-          float32 of the same shape. Constant dimensions are 0. Actions are clipped to [-1, 1],
-          states to [-STATE_LIMIT, STATE_LIMIT]: a policy should see that it is outside of its
-          data, and a joint that has always held still should not become thousands.
-
-        Raises:
-          UserError: the column has no statistics, or another number of dimensions.
-        """
-        low, high = self._bounds(column, values)
-        span = np.where(high > low, high - low, 1.0)
-        result = np.where(high > low, 2.0 * (values - low) / span - 1.0, 0.0)
-        limit = 1.0 if column == "action" else STATE_LIMIT
-        return np.clip(result, -limit, limit).astype(np.float32)
-
-    def unnormalize(self, column: str, values: np.ndarray) -> np.ndarray:
-        """[-1, 1] to SI units, float32; the inverse of `normalize`, with the same arguments.
-
-        Actions are clipped to [-1, 1] first: a policy stays in the range of its data.
-        """
-        low, high = self._bounds(column, values)
-        values = np.clip(values, -1, 1) if column == "action" else np.asarray(values)
-        return (low + (values.astype(np.float64) + 1.0) / 2.0 * (high - low)).astype(np.float32)
+    @functools.cached_property
+    def _maps(self) -> dict[str, tuple[np.ndarray, ...]]:
+        result = {}
+        for column, times in ("action", 1.0), ("state", STATE_LIMIT):
+            if stats := getattr(self, column):
+                low, high = stats.bounds(self.mode)
+                middle, half = (low + high) / 2, times * (high - low) / 2
+                result[column] = *stats.scale(self.mode), middle - half, middle + half
+        return result
 
     def to_dict(self) -> dict:
         """The normalizer as JSON values."""
@@ -217,8 +230,3 @@ class Normalizer:
             name: Stats(**values[name]) if values[name] else None for name in ("action", "state")
         }
         return cls(**columns, mode=values["mode"])
-
-    def digest(self) -> str:
-        """16 hexadecimal digits that differ for any other statistics or mode."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]

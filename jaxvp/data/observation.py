@@ -12,7 +12,7 @@ import numpy as np
 from jaxvp.data.text import clean_instruction
 from jaxvp.errors import UserError
 
-MISSING = 127  # Grey level of a view that is not there.
+MISSING = 127  # Grey level of a view that a record lacks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def canvas(video, view_mask, layout: Layout):
 
     Args:
       video: uint8 or float32 [B, V, T, H, W, 3], values 0..255, views in the order of the layout.
-      view_mask: bool[B, V]; a view that is not there becomes mid grey, 127.
+      view_mask: bool[B, V]; a masked view becomes mid grey, 127.
       layout: its V cells.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The index of a split: what is known of every record without reading it, and where its parts lie.
+"""The index of a split: facts about every record, and the positions of its parts in its file.
 
-It is made once, in one pass over the files, and takes about 150 bytes of memory for a record. What
-there is for every step and camera stays in a file, 12 bytes each.
+It is made once, in one pass over the files, and takes about 150 bytes of memory for a record. The
+position of the image of every step and camera, 12 bytes, stays in a file.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ VERSION = 3
 COLUMNS = {"action": "steps/action", "state": "steps/observation/state",
            "instruction": "steps/language_instruction"}
 TEXTS = ("dataset", "episode_id", "robot", "camera_layout", "camera_text", "options")
-# Where something lies in a record, and its CRC-32.
+# The position of a part in a record, and its CRC-32.
 SPAN = np.dtype([("start", "<u4"), ("size", "<u4"), ("crc", "<u4")])
 # A record: its number in the split; steps; number of the first in the episode; steps per second;
 # see `array_record.positions`; where its spans are in the file of spans; those of COLUMNS; and
@@ -115,7 +115,7 @@ def make(folder: Path, files: Sequence[Path], counts: Sequence[int], layout: Lay
     """Reads every record of `files`, which hold `counts` records, and writes the index.
 
     Raises:
-      UserError: there are no readable records; a file cannot be read at all or has another number
+      UserError: no record can be read; a file cannot be read at all or has another number
         of records; a record does not have the layout, or an action or state is not finite.
     """
     rows, damaged, spans_there = bytearray(), {}, 0
@@ -200,7 +200,7 @@ def _entry(source: ArrayRecordDataSource, file: Path, inside: int, position: int
                  if len(elements) != length}:
         raise UserError(f"{name}: {length} steps but images {wrong}.")
     row["length"], row["position"] = length, position
-    if position >= 0:  # What lies there is another record where a header is damaged.
+    if position >= 0:  # Where a header is damaged, another record is at this position.
         there = array_record.Value(file, position)
         ends = (0, min(64, len(data))), (max(0, len(data) - 64), min(64, len(data)))
         if any(there.read(start, size) != data[start:][:size] for start, size in ends):

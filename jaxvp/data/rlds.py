@@ -1,6 +1,6 @@
 """Random access to the episodes of an RLDS dataset in ArrayRecord, without TensorFlow.
 
-An index says where in its file every image lies, so a clip costs one small read for each of its
+An index has the position of every image in its file, so a clip costs one small read for each of its
 frames. Where records are compressed, whole ones are read, and kept in memory. Images stay encoded;
 `decode_image` decodes the ones that a clip needs.
 """
@@ -39,11 +39,11 @@ class BadImage(BadRecord):
 
 
 class NoDataset(UserError):
-    """There is no dataset at a path, or it is not finished."""
+    """A path without a dataset, or with an unfinished one."""
 
 
 class Encoded(Sequence):
-    """What a record has for each of its L steps, bytes; read when it is asked for."""
+    """The bytes that a record has for each of its L steps, read when they are asked for."""
 
     def __init__(self, read: Callable[[np.void], bytes], spans: np.ndarray):
         self._read, self._spans = read, spans
@@ -57,11 +57,12 @@ class Encoded(Sequence):
 
 
 class Record:
-    """The steps of one record: up to L steps of an episode. Only what is used is read; all of it
-    raises BadRecord where the file is damaged.
+    """The steps of one record: up to L steps of an episode. Only what is used is read; every
+    attribute raises BadRecord where the file is damaged.
 
     Attributes:
-      images: camera to L encoded images; or "latents" to what is stored of L clips.
+      images: camera to L encoded images, and extra array to L serialised float16 arrays (b"" at
+        steps that no array is stored for).
       action: float32[L, A] in SI units, or None.
       state: float32[L, S] in SI units, or None.
       instruction: L texts.
@@ -123,8 +124,8 @@ def version_folder(path: str | os.PathLike) -> Path:
     """The TFDS version folder: `path` itself, or the only one inside it.
 
     Raises:
-      NoDataset: there is no dataset, or it is not finished.
-      UserError: there are several versions.
+      NoDataset: the path has no dataset, or an unfinished one.
+      UserError: the path has several versions.
     """
     path = Path(path).expanduser()
     if _unfinished(path.resolve()):
@@ -183,9 +184,9 @@ def read_info(folder: Path) -> tfds.core.DatasetInfo:
 
 
 def cached(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` beside the data; when it is not there, `make` writes its files.
+    """The folder `name` in `folder`/.jaxvp; when it does not exist, `make` writes its files.
 
-    Where `folder` is read-only it is in $JAXVP_CACHE, by default ~/.cache/jaxvp.
+    Where `folder` is read-only, it is in $JAXVP_CACHE, by default ~/.cache/jaxvp.
     """
     fallback = Path(os.environ.get("JAXVP_CACHE", Path.home() / ".cache" / "jaxvp"))
     places = [place / name for place in (folder / ".jaxvp", fallback)]
@@ -259,14 +260,14 @@ class Cache:
 class Episodes:
     """The records of one split, by number; safe to use from several threads.
 
-    The first use reads every record once and stores an index beside the data, named by a hash of
+    The first use reads every record once and stores an index with the data, named by a hash of
     file sizes, beginnings and ends.
 
     Attributes:
       folder, split, digest: where the data is, and the hash of its content.
       cameras: names of the image features.
-      stored_latents: what the latents that stand in for images are of, see jaxvp.data.precompute;
-        None where there are images.
+      extra: name of every array that is stored for clips, to the settings that it was computed
+        with, see jaxvp.tools.precompute.
       names, units: of "action" and "state" dimensions, () for a column the features lack.
       rows: the index, a record_index.ROW for every record.
       lengths, offsets: int32[records], steps and the number of the first step in its episode.
@@ -299,7 +300,7 @@ class Episodes:
         self._ends = np.cumsum(counts)
         self.digest = self._digest()
         layout = Layout({key: len(names) for key, names in self.names.items() if names},
-                        (*self.cameras, *self._latents))
+                        (*self.cameras, *self._extra))
         self._index = Index.load(cached(
             self.folder, f"index-{split}-{self.digest}-v{record_index.VERSION}",
             lambda folder: record_index.make(folder, self._files, counts, layout,
@@ -307,8 +308,11 @@ class Episodes:
         self._layout, self.damaged = layout, self._index.damaged
         self._cache = Cache(cache_bytes)
         self._take(self._index.rows)
-        self.stored_latents = (json.loads(self.text("options", 0))["latents"] if self._latents
-                               else None)
+        stored = json.loads(self.text("options", 0)).get("extra", {})
+        if missing := set(self._extra) - set(stored):
+            raise UserError(f"{self.folder} stores {sorted(missing)} without a word on how they "
+                            "were computed: write it again with jaxvp.tools.precompute.")
+        self.extra = {name: stored[name] for name in self._extra}
 
     def _take(self, rows: np.ndarray):
         self.rows = rows
@@ -407,7 +411,9 @@ class Episodes:
             ) from error
         image = tfds.features.Image
         self.cameras = tuple(sorted(k for k, v in observation.items() if isinstance(v, image)))
-        self._latents = ("latents",) if "latents" in observation else ()
+        self._extra = tuple(sorted(k for k, v in observation.items()
+                                   if isinstance(v, tfds.features.Tensor)
+                                   and v.np_dtype == np.float16))
         self.names, self.units = {}, {}
         for column, feature in ("action", steps.get("action")), ("state", observation.get("state")):
             if feature and len(feature.shape) != 1:

@@ -1,4 +1,4 @@
-"""Statistics of the actions and states of every robot, computed once and kept beside the data."""
+"""Statistics of actions and states, by robot, from the columns of the episodes."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,18 @@ from jaxvp.data.rlds import BadRecord, Episodes, cached
 from jaxvp.errors import UserError
 
 # Quantiles are of at most this many steps of a robot, drawn from all.
-MAX_STATISTICS_STEPS = 2_000_000
+MAX_STEPS = 2_000_000
 
 
-def normalizers_of(sources: Sequence[Episodes], mode: str) -> dict[str, Normalizer]:
-    """Robot to normalizer, see `mixture.statistics`; `mode` is one of `normalize.MODES`."""
+def of_sources(mode: str, sources: Sequence[Episodes]) -> dict[str, Normalizer]:
+    """Robot to normalizer of a mode, from the action and state columns of the episodes.
+
+    No image is decoded. The result is stored in the folder of the first dataset, under a hash of
+    the content of all datasets. Steps count once, whatever the weights are.
+
+    Raises:
+      UserError: a robot has other dimensions in another dataset.
+    """
     def make(folder: Path):
         (folder / "statistics.json").write_text(json.dumps(compute(sources)))
 
@@ -33,11 +40,11 @@ def normalizers_of(sources: Sequence[Episodes], mode: str) -> dict[str, Normaliz
 
 def digest(sources: Sequence[Episodes]) -> str:
     """16 hexadecimal digits of the content of these sources, in this order."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for episodes in sources:
         part = episodes.digest.encode() + episodes.rows["number"].tobytes()
-        seen.update(hashlib.sha256(part).digest())
-    return seen.hexdigest()[:16]
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
 
 
 def compute(sources: Sequence[Episodes]) -> dict[str, dict]:
@@ -52,14 +59,14 @@ def compute(sources: Sequence[Episodes]) -> dict[str, dict]:
                 steps = episodes.columns(record)
                 actions = steps.action if episodes.has_action[record] else None
                 columns = ("action", actions), ("state", steps.state)
-            except BadRecord:  # Training counts it when it meets it.
+            except BadRecord:  # Training counts it when it reads it.
                 continue
             keys = _keys(episodes, record)
             for column, values in columns:
                 if values is None:
                     continue
                 found = episodes.names[column], episodes.units[column]
-                stream = streams.setdefault(column, StatsStream(*found, MAX_STATISTICS_STEPS))
+                stream = streams.setdefault(column, StatsStream(*found, MAX_STEPS))
                 if (stream.names, stream.units) != found:
                     raise UserError(
                         f"Robot {robot!r} has {column} {stream.names, stream.units} in one dataset "
@@ -84,8 +91,16 @@ def _keys(episodes: Episodes, record: int) -> np.ndarray:
 
 def known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
           ) -> tuple[dict[str, Normalizer], list[str]]:
-    """The normalizers of the robots in the data, from `before` where it has them: what parameters
-    were trained with goes with them. And notes on those that the data would have changed.
+    """The normalizers of the robots in the data: those that parameters were trained with go with
+    the parameters, those of other robots come from the data.
+
+    Args:
+      found: robot to normalizer, of the data.
+      before: robot to normalizer, of the checkpoint.
+
+    Returns:
+      Robot to normalizer, for the robots in `found`; and a note for the user for each column whose
+      statistics in the data differ from those that are used.
 
     Raises:
       UserError: a robot has other dimensions than before, or is normalised in another way.
@@ -102,11 +117,11 @@ def known(found: Mapping[str, Normalizer], before: Mapping[str, Normalizer]
         columns = {}
         for column in ("action", "state"):
             was, now = getattr(old, column), getattr(new, column)
+            columns[column] = was or now
             if was and now and (was.names, was.units) != (now.names, now.units):
                 raise UserError(f"{column} of {robot!r} has the dimensions {now.names} in "
                                 f"{now.units}; the checkpoint knows it with {was.names} in "
                                 f"{was.units}. Give the robot another name.")
-            columns[column] = was or now
             if was and now and was != now:
                 notes.append(f"{column} of {robot!r} is normalised as in the checkpoint, by its "
                              f"{was.count} steps, not by the {now.count} of this data.")

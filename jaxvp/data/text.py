@@ -12,7 +12,7 @@ from jaxvp.errors import UserError
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of white space, line ends included, as one space, and none around."""
+    """`text` with every run of white space, line ends included, as one space; none at the ends."""
     return " ".join(text.split())
 
 
@@ -20,7 +20,7 @@ def clean_instruction(text: str | bytes | None) -> str:
     """An instruction as datasets hold it and as a policy is given it, in training and after it.
 
     Returns:
-      One line, see `one_line`; "" for None, NaN and for words that stand for nothing.
+      One line, see `one_line`; "" for None, NaN and words that mean them.
 
     Raises:
       UserError: bytes that are not UTF-8.
@@ -88,7 +88,7 @@ class SentencePieceTokenizer:
       length: M, the number of tokens of every text, </s> included.
 
     Raises:
-      UserError: there is no such file, or it is no model of T5's kind.
+      UserError: the file does not exist, or is no model of T5's kind.
     """
 
     path: str | Path

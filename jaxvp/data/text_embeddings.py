@@ -1,17 +1,10 @@
-"""Texts as Wan's text encoder sees them, computed once, so that no training step runs the encoder.
+"""Texts as an encoder sees them, computed once, so that no training step runs the encoder.
 
-    python -m jaxvp.data.text_embeddings --data=DIR[,DIR] --weights=DIR --tokenizer=FILE --out=DIR
-
-encodes every unified text of the datasets, and the empty one (guidance wants it), and adds what
---out lacks. A run that was stopped continues when the command is repeated. The encoder in
-bfloat16 takes 11.4 GB of one device's memory, for as long as texts are missing.
-
-The folder holds safetensors of bfloat16[n, D], each of a text's n tokens, </s> included, under the
-SHA-256 of the text in one line, and index.json: the encoder's digest, D, which datasets are
-complete, and the number of tokens of every text.
+`python -m jaxvp.tools.embed_texts` makes the folder. It holds safetensors of bfloat16[n, D], each
+of a text's n tokens, </s> included, under the SHA-256 of the text in one line, and index.json: the
+encoder's digest, D, which datasets are complete, and the number of tokens of every text.
 """
 
-import argparse
 import errno
 import fcntl
 import hashlib
@@ -27,16 +20,14 @@ import rich.progress
 
 from jaxvp.data import observation
 from jaxvp.data.text import one_line
-from jaxvp.errors import UserError, one_line_errors
+from jaxvp.errors import UserError
 from jaxvp.files import find
 from jaxvp.weights.model_config import read_json
 from jaxvp.weights.streaming import Tensors, write_file
 
-COMMAND = ("python -m jaxvp.data.text_embeddings --data=DIR --weights=DIR --tokenizer=FILE "
+COMMAND = ("python -m jaxvp.tools.embed_texts --data=DIR --weights=DIR --tokenizer=FILE "
            "--out={folder}")
 SHARD = 1024  # Texts in a file: what a run that is stopped loses at most.
-BATCH = 16  # Texts that are encoded together, of similar length,
-MULTIPLE = 64  # padded to a multiple of this, so that few shapes are compiled.
 
 
 class TextEmbeddings:
@@ -189,32 +180,6 @@ def _add(folder: Path, texts, encoder, width, encode, datasets) -> int:
     return len(missing)
 
 
-def umt5_encode(encoder, params, tokenizer) -> Callable[[Sequence[str]], list[np.ndarray]]:
-    """The function texts -> embeddings, bfloat16[n, D] each, of a UMT5Encoder."""
-    import jax
-    import jax.numpy as jnp
-
-    @jax.jit
-    def run(params, tokens):
-        return encoder(params, tokens).astype(jnp.bfloat16)
-
-    def encode(texts):
-        tokens = np.stack([tokenizer.encode(text) for text in texts])
-        lengths = (tokens > 0).sum(1)
-        order, results = np.argsort(lengths, kind="stable"), [None] * len(texts)
-        starts = range(0, len(texts), BATCH)
-        for start in rich.progress.track(starts, "Encoding texts", disable=len(starts) < 8):
-            rows = order[start : start + BATCH]
-            longest = -(-int(lengths[rows[-1]]) // MULTIPLE) * MULTIPLE
-            batch = np.zeros((BATCH, longest), np.int32)
-            batch[: len(rows), : tokens.shape[1]] = tokens[rows, :longest]
-            for row, output in zip(rows, np.asarray(run(params, batch)), strict=False):
-                results[row] = output[: lengths[row]]
-        return results
-
-    return encode
-
-
 def _key(text: str) -> str:
     return hashlib.sha256(one_line(text).encode()).hexdigest()  # As the tokenizer reads it.
 
@@ -233,62 +198,3 @@ def _write_index(path: Path, index: dict):
     text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     partial.write_text(text, "utf-8")
     partial.replace(path)
-
-
-def run(arguments: Sequence[str] | None = None):
-    """The command; see the module's docstring."""
-    # The one place where data meets a model, and only to prepare data.
-    from jaxvp import command
-    from jaxvp.data import rlds
-    from jaxvp.data.text import SentencePieceTokenizer
-    from jaxvp.weights import umt5
-
-    parser = argparse.ArgumentParser("python -m jaxvp.data.text_embeddings", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="RLDS datasets, comma-separated; all splits.")
-    parser.add_argument("--texts", help="A file with further texts, one in a line, as they are: "
-                        "those of an evaluation, a negative prompt.")
-    parser.add_argument("--weights", required=True, help="UMT5 in safetensors: file or folder, "
-                        "such as `text_encoder` of Wan's Diffusers releases.")
-    parser.add_argument("--tokenizer", required=True, help="Its spiece.model.")
-    parser.add_argument("--length", type=int, default=512, help="Longest text in tokens. [512]")
-    parser.add_argument("--out", required=True, help="The folder of embeddings.")
-    options = parser.parse_args(arguments)
-
-    tensors = Tensors(options.weights)
-    encoder = umt5.encoder_of(tensors)
-    tokenizer = SentencePieceTokenizer(options.tokenizer, options.length)
-    digest = hashlib.sha256(umt5.digest(tensors).encode())
-    digest.update(Path(options.tokenizer).read_bytes())
-    digest = digest.hexdigest()[:16]
-    add(options.out, (), digest, encoder.width, None)  # Another encoder's folder fails here.
-    complete = TextEmbeddings(options.out).datasets
-    texts, datasets = {""}, []
-    for path in filter(None, options.data.split(",")):
-        for split in rlds.splits(path):
-            episodes = rlds.Episodes(path, split)
-            datasets.append(episodes.digest)
-            if episodes.digest not in complete:
-                texts |= texts_of(episodes)
-    if options.texts:
-        texts.update(lines(options.texts))
-    for text in texts:  # A text that is too long fails before the weights are read.
-        tokenizer.encode(text)
-
-    made = []
-
-    def encode(shard):
-        if not made:
-            made.append(umt5_encode(*umt5.read(options.weights)[:2], tokenizer))
-        return made[0](shard)
-
-    added = add(options.out, texts, digest, encoder.width, encode, datasets)
-    there = TextEmbeddings(options.out)
-    command.console().print(
-        f"{options.out}: {added} texts added, {len(there)} there, D {there.width}; data: "
-        f"{{text_embeddings: {options.out}, text_width: {there.width}}}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    with one_line_errors("repeat the command to continue with the texts that are missing"):
-        run()

@@ -1,4 +1,4 @@
-"""Where the values of a `tf.train.Example` lie in its bytes, found without copying them."""
+"""Positions of the values of a `tf.train.Example` in its bytes, found without copying them."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ from jaxvp.errors import UserError
 
 
 class Example:
-    """A serialised Example; its methods take the name of a feature, and give (start, end) pairs."""
+    """A serialised Example. Its methods take the name of a feature; positions are (start, end)."""
 
     def __init__(self, data: bytes):
-        """Raises UserError when the data is no serialised Example."""
+        """Raises UserError when the data is not a serialised Example."""
         self.data = data
         self._lists = {}
         for _, *features in _fields(data, 0, len(data)):
@@ -20,7 +20,7 @@ class Example:
                 self._lists[data[start:end].decode()] = values
 
     def elements(self, name: str) -> list[tuple[int, int]]:
-        """Where each element of a list of bytes lies; KeyError: there is no such feature."""
+        """The position of each element of a list of bytes; KeyError: no such feature exists."""
         return elements(self.data, *self._lists[name])
 
     def text(self, name: str) -> str:
@@ -29,15 +29,15 @@ class Example:
         return self.data[start:end].decode()
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where all the elements of a list lie, as they are serialised."""
+        """The position of a whole list, as it is serialised."""
         start, end = self._lists[name]
         return start, end
 
     def floats(self, name: str) -> tuple[int, int]:
-        """Where a list of numbers lies, little-endian float32.
+        """The position of a list of numbers, little-endian float32.
 
         Raises:
-          UserError: they do not lie together.
+          UserError: the numbers are not packed into one run of bytes.
         """
         spans = self.elements(name) or [(0, 0)]
         if len(spans) > 1:
@@ -45,14 +45,14 @@ class Example:
         return spans[0]
 
     def integer(self, name: str) -> int:
-        """The first of a list of integers; it is not negative."""
+        """The first of a list of integers, none of which is negative."""
         return _varint(self.data, self.elements(name)[0][0])[0]
 
 
 def elements(data: bytes, start: int, end: int) -> list[tuple[int, int]]:
-    """Where each element of a list of bytes lies, given `Example.span` of the list."""
+    """The position of each element of a list of bytes, given `Example.span` of the list."""
     found = []
-    while start < end:  # As `_fields`, but there are hundreds, in every record that is read.
+    while start < end:  # As `_fields`, but faster: every record has hundreds.
         start += 2
         size = data[start - 1]
         if size > 127:

@@ -4,7 +4,6 @@ It is small enough that a video policy of a million parameters learns it on a CP
 Importing this module registers `jaxvp/Tabletop-v0` with gymnasium.
 """
 
-import difflib
 
 import gymnasium
 import numpy as np
@@ -14,7 +13,7 @@ from jaxvp.envs import tabletop_tasks as tasks
 from jaxvp.envs.tabletop_render import BACKGROUNDS, CAMERAS
 from jaxvp.envs.tabletop_tasks import CORE_TASKS, DISTRACTORS, SEEN_TASKS, UNSEEN_TASKS, Task
 from jaxvp.envs.tabletop_world import HIGH, LOW, MAX_MOVE
-from jaxvp.errors import UserError
+from jaxvp.errors import UserError, did_you_mean
 
 __all__ = [
     "ACTION_NAMES",
@@ -45,9 +44,8 @@ ACTION_NAMES = tuple(
 
 def _choose(what, name, options):
     if name not in options:
-        close = difflib.get_close_matches(str(name), options, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"{what} {name!r} does not exist: {hint}choose from {', '.join(options)}")
+        raise UserError(f"{what} {name!r} does not exist.{did_you_mean(name, options)} Choose from "
+                        f"{', '.join(options)}.")
     return options[name]
 
 

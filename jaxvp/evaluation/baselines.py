@@ -3,17 +3,24 @@
 Each implements `rollout.Policy`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol, SimEnv
 
 
-class RandomPolicy:
-    """A new action, uniform over the whole range, at every step."""
+class Baseline:
+    """Looks at nothing, and calls no model."""
 
     latencies = ()
+
+    def observe(self, slot: int, observation: Observation, action: np.ndarray | None):
+        pass
+
+
+class RandomPolicy(Baseline):
+    """A new action, uniform over the whole range, at every step."""
 
     def __init__(self, protocol: Protocol, seed: int = 0):
         self._protocol, self._seed = protocol, seed
@@ -23,16 +30,14 @@ class RandomPolicy:
         entropy = [self._seed, trial, *task.encode()]
         self._generators[slot] = np.random.default_rng(entropy)
 
-    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
+    def act(self, slots: Iterable[int]) -> dict[int, np.ndarray]:
         low, high = self._protocol.action_low, self._protocol.action_high
         return {slot: self._generators[slot].uniform(low, high).astype(np.float32)[None]
-                for slot in observations}
+                for slot in slots}
 
 
-class ExpertPolicy:
+class ExpertPolicy(Baseline):
     """The scripted expert of the environment."""
-
-    latencies = ()
 
     def __init__(self):
         self._envs: dict[int, SimEnv] = {}
@@ -40,11 +45,11 @@ class ExpertPolicy:
     def reset(self, slot: int, task: str, trial: int, env: SimEnv):
         self._envs[slot] = env
 
-    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
-        return {slot: self._envs[slot].expert_action()[None] for slot in observations}
+    def act(self, slots: Iterable[int]) -> dict[int, np.ndarray]:
+        return {slot: self._envs[slot].expert_action()[None] for slot in slots}
 
 
-class ReplayPolicy:
+class ReplayPolicy(Baseline):
     """Demonstrations open loop, the i-th in trial i, each from its own start.
 
     That they succeed shows that actions, their order and their units mean in this environment what
@@ -53,8 +58,6 @@ class ReplayPolicy:
     Args:
       demonstrations: task to at least as many demonstrations as there are trials.
     """
-
-    latencies = ()
 
     def __init__(self, demonstrations: Mapping[str, list[Demonstration]]):
         self._demonstrations = demonstrations
@@ -65,9 +68,9 @@ class ReplayPolicy:
         self._actions[slot] = demonstration.actions
         return demonstration.initial
 
-    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
+    def act(self, slots: Iterable[int]) -> dict[int, np.ndarray]:
         # After its last action, a demonstration that did not succeed gives up.
-        return {slot: self._take(slot) for slot in observations}
+        return {slot: self._take(slot) for slot in slots}
 
     def _take(self, slot: int) -> np.ndarray:
         actions, self._actions[slot] = self._actions[slot], self._actions[slot][:0]

@@ -108,11 +108,16 @@ class SimEnv(typing.Protocol):
 class Suite(typing.Protocol):
     """The tasks of a benchmark.
 
+    Its constructor takes the name of the suite; every other parameter is a flag of
+    `suites.REGISTRY`, or an option that the training data of a bundle may ask for (image_size).
+
     Attributes:
       protocol: its rules; `protocol.tasks` are the tasks, with the protocol's own `trials`.
+      has_expert: whether its environments have an `expert_action`.
     """
 
     protocol: Protocol
+    has_expert: bool
 
     def instruction(self, task: str) -> str:
         """The task in words."""

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -16,9 +15,10 @@ import numpy as np
 from jaxvp.errors import naming
 from jaxvp.evaluation.protocol import Protocol
 from jaxvp.evaluation.rollout import Episode, video_stride
+from jaxvp.versions import versions
 from jaxvp.video import write_video
 
-PACKAGES = ("jaxvp", "jax", "jaxlib", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "numpy")
 # So many videos of each task are on the page, failures first; the others are beside it.
 VIDEOS_ON_PAGE = 6
 
@@ -50,17 +50,6 @@ def latency(seconds: Sequence[float]) -> dict | None:
         "mean_ms": float(np.mean(seconds) * 1e3),
         "p95_ms": float(np.percentile(seconds, 95) * 1e3),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what ran the evaluation."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed, run from source"
-    return found
 
 
 def video_path(episode: Episode, instruction: str) -> str:
@@ -112,7 +101,7 @@ def results(protocol: Protocol, rows: Sequence[Mapping], **about) -> dict:
         **about,
         "protocol": protocol.to_dict(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].device_kind}",
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "episodes": rows,
     }
 

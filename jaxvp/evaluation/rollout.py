@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,8 +31,12 @@ class Policy(typing.Protocol):
           Where it should start, as `SimEnv.reset_to` takes it; None for the trial's own start.
         """
 
-    def plan(self, observations: Mapping[int, Observation]) -> dict[int, np.ndarray]:
-        """For each slot the actions until it looks again, float32[n, A]; none gives up."""
+    def observe(self, slot: int, observation: Observation, action: np.ndarray | None):
+        """Tells what is seen in environment `slot`: after its reset, and after every step, with the
+        action of that step. Its images can be read until the next step."""
+
+    def act(self, slots: Iterable[int]) -> dict[int, np.ndarray]:
+        """For each slot the actions until it is asked again, float32[n, A]; none gives up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +108,7 @@ def rollouts(suite: Suite, protocol: Protocol, policy: Policy, num_envs: int = 1
         for number in range(min(num_envs, len(todo))):
             _start(slots, number, suite, policy, *todo.popleft())
         while slots:
-            plans = policy.plan({number: slot.observation for number, slot in slots.items()})
-            for number, actions in plans.items():
+            for number, actions in policy.act(list(slots)).items():
                 slot = slots[number]
                 record = num_videos is None or slot.trial < num_videos
                 if record and not slot.frames:
@@ -114,6 +117,7 @@ def rollouts(suite: Suite, protocol: Protocol, policy: Policy, num_envs: int = 1
                 for action in actions[: protocol.max_steps - slot.steps]:
                     slot.observation, success = slot.env.step(action)
                     slot.steps += 1
+                    policy.observe(number, slot.observation, action)
                     over = success or slot.steps == protocol.max_steps
                     if record and (over or slot.steps % stride == 0):
                         slot.frames.append(_picture(slot.observation, layout))
@@ -141,6 +145,7 @@ def _start(slots: dict[int, _Slot], number: int, suite: Suite, policy: Policy, t
     slots[number] = slot = _Slot(env, task, trial)
     initial = policy.reset(number, task, trial, env)
     slot.observation = env.reset(trial) if initial is None else env.reset_to(initial)
+    policy.observe(number, slot.observation, None)
 
 
 def _picture(observation: Observation, layout: Layout) -> np.ndarray:

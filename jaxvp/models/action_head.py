@@ -57,12 +57,8 @@ class ActionHead:
         module.check_multiple("action head", "frequency_width", self.frequency_width, 2)
 
     def init(self, key: jax.Array) -> dict:
-        stem, blocks, head = jax.random.split(key, 3)
-        return {
-            "stem": module.init(self._stem, stem),
-            "blocks": module.init_stacked(self._block, blocks, self.layers),
-            "head": module.init(self._out, head),
-        }
+        parts = {"stem": self._stem, "blocks": self._block, "head": self._out}
+        return module.init_parts(parts, key, self.layers)
 
     def memory(self, params: dict, features: list[jax.Array],
                grid: tuple[int, int, int]) -> jax.Array:

@@ -1,6 +1,6 @@
 """Flax NNX declares modules; everywhere else parameters are plain nested dicts of arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -30,6 +30,13 @@ def init(factory: Factory, key: jax.Array) -> dict:
 def init_stacked(factory: Factory, key: jax.Array, length: int) -> dict:
     """Parameters of `length` independent copies, every leaf with a leading axis of `length`."""
     return jax.vmap(lambda k: init(factory, k))(jax.random.split(key, length))
+
+
+def init_parts(factories: Mapping[str, Factory], key: jax.Array, layers: int) -> dict:
+    """{part: its parameters}; those of the part "blocks" are stacked, with a leading axis L."""
+    keys = jax.random.split(key, len(factories))
+    return {part: init_stacked(factory, key, layers) if part == "blocks" else init(factory, key)
+            for (part, factory), key in zip(factories.items(), keys, strict=True)}
 
 
 def bind(factory: Factory, params: dict) -> nnx.Module:

@@ -1,5 +1,7 @@
 """The video transformer: Wan-shaped (arXiv 2503.20314; Wan 2.2 for per-token timesteps)."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
@@ -15,10 +17,16 @@ from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxvp import rules, sharding
-from jaxvp.config import PositiveFloat, PositiveInt
+from jaxvp.config import NonNegativeInt, PositiveFloat, PositiveInt
 from jaxvp.errors import UserError
 from jaxvp.models import module
-from jaxvp.models.attention import IMPLEMENTATIONS, Attention, rope_table
+from jaxvp.models.attention import (
+    IMPLEMENTATIONS,
+    Attention,
+    BlockCausal,
+    KeysValues,
+    rope_table,
+)
 from jaxvp.models.module import Linear
 
 # Wan 2.1 T2V 1.3B and 14B (wan/configs/wan_t2v_*.py of Wan-Video/Wan2.1), which Wan 2.2 A14B
@@ -65,6 +73,18 @@ REMAT = {
         names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["block_input"],
         offload_src="device", offload_dst="pinned_host"),
 }
+
+_override = contextvars.ContextVar("override", default="")
+
+
+@contextlib.contextmanager
+def override_remat(remat: str):
+    """While tracing: every VideoTransformer has this `remat`, whatever its field says."""
+    token = _override.set(remat)
+    try:
+        yield
+    finally:
+        _override.reset(token)
 
 
 def resolve_size(options: Mapping) -> dict:
@@ -113,7 +133,8 @@ class VideoTransformer:
     """Sizes of a video transformer; parameters live outside, in a nested dict.
 
     Attributes:
-      channels: latent channels c, in and out.
+      channels: latent channels c, those of the velocity.
+      in_channels: those of the input, c and then a condition; 0: c alone.
       patch: (t, h, w) latents merged into one token.
       width, layers, heads, ffn: D, L, K and the width of the feed-forward layer.
       text_width: width of the text encoder's tokens.
@@ -130,6 +151,7 @@ class VideoTransformer:
     """
 
     channels: PositiveInt
+    in_channels: NonNegativeInt = 0
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
     width: PositiveInt = 128
     layers: PositiveInt = 6
@@ -144,6 +166,10 @@ class VideoTransformer:
     unroll: PositiveInt = 1
 
     def __post_init__(self):
+        object.__setattr__(self, "in_channels", self.in_channels or self.channels)
+        if self.in_channels < self.channels:
+            raise UserError(f"video transformer: in_channels {self.in_channels} must be at least "
+                            f"channels, {self.channels}: noisy latents are part of the input.")
         module.check_multiple("video transformer", "width", self.width, 2 * self.heads,
                               "twice its heads")
         module.check_multiple("video transformer", "frequency_width", self.frequency_width, 2)
@@ -176,74 +202,103 @@ class VideoTransformer:
 
     def init(self, key: jax.Array) -> dict:
         """{"stem": ..., "blocks": leaves with a leading axis L, "head": ...}."""
-        stem, blocks, head = jax.random.split(key, 3)
-        return {
-            "stem": module.init(self._stem, stem),
-            "blocks": module.init_stacked(self._block, blocks, self.layers),
-            "head": module.init(self._head, head),
-        }
+        parts = {"stem": self._stem, "blocks": self._block, "head": self._head}
+        return module.init_parts(parts, key, self.layers)
 
-    def __call__(self, params: dict, latents: jax.Array, timestep: jax.Array, text: jax.Array,
-                 taps: tuple[int, ...] = (), velocity: bool = True
-                 ) -> tuple[jax.Array | None, dict[int, jax.Array]]:
+    def text_cache(self, params: dict, text: jax.Array) -> KeysValues:
+        """What the blocks attend to of a text float32[B, M, text_width], [L, B, M, K, E] each:
+        computed once, where many steps of a sampler go on from one text."""
+        stem = module.bind(self._stem, self._gather(params["stem"], "stem"))
+        text = stem.embed_text(text)
+
+        def step(_, block):
+            block = self._gather({"attn2": block}, "blocks")["attn2"]
+            attention = module.bind(lambda rngs: self._block(rngs).attn2, block)
+            return None, attention.keys_values(text)
+
+        return jax.lax.scan(step, None, params["blocks"]["attn2"], unroll=self.unroll)[1]
+
+    def __call__(self, params: dict, latents: jax.Array, timestep: jax.Array,
+                 text: jax.Array | KeysValues, taps: tuple[int, ...] = (), velocity: bool = True,
+                 *, mask: BlockCausal | None = None, past: KeysValues | None = None,
+                 keep: bool = False) -> tuple:
         """Predicts from noisy latents.
+
+        Frames that come later can go on from cached ones: with a mask that is causal in blocks of
+        frames, `past` gives what a call of all frames would, and costs the later frames alone.
 
         Args:
           params: from `init`.
-          latents: float32[B, t, h, w, c].
+          latents: float32[B, t, h, w, in_channels].
           timestep: float32 in [0, 1000]: [B], or [B, G] with one value per equal run of tokens.
             G = latent frames gives the clean first frame its own timestep 0; G = N is per token,
             and costs the modulation [B, N, 6, D], which the others never materialise.
-          text: float32[B, M, text_width]; padding rows are not masked, as in Wan.
+          text: float32[B, M, text_width], or its `text_cache`; padding rows are not masked, as in
+            Wan.
           taps: numbers of the blocks whose output is wanted (0 .. layers - 1).
           velocity: False: only the features are wanted; blocks behind the last tap do not run.
+          mask: which tokens see which in self-attention, places counted from the first of `past`;
+            None: each sees all. A frame has h*w / (patch height * width) tokens.
+          past: keys and values of the P tokens of the frames before these, [L, B, P, K, E] each,
+            whole frames. Its first frames may be dropped: time is relative.
+          keep: whether keys and values are wanted, to be the `past` of later calls.
 
         Returns:
-          float32[B, t, h, w, c] (None without `velocity`) and {tap: [B, N, D]}.
+          float32[B, t, h, w, c] (None without `velocity`) and {tap: [B, N, D]}; with `keep`, also
+          the keys and values of past and present tokens, [L, B, P + N, K, E] each.
         """
         if any(not 0 <= tap < self.layers for tap in taps):
             raise ValueError(f"taps {taps}: blocks are numbered 0 to {self.layers - 1}")
-        if not velocity and not taps:
-            raise ValueError("velocity=False leaves nothing to compute without taps.")
+        if not velocity and not taps and not keep:
+            raise ValueError("velocity=False leaves nothing to compute without taps or keep.")
         grid = self.tokens(*latents.shape[1:4])
         x = patchify(latents, self.patch)
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
         if x.shape[1] % timestep.shape[1]:
             raise ValueError(f"{timestep.shape[1]} timesteps do not divide {x.shape[1]} tokens: "
                              f"give 1, one per frame ({grid[0]}) or one per token.")
+        before, rest = divmod(past.keys.shape[2] if past else 0, grid[1] * grid[2])
+        if rest:
+            raise ValueError(f"past has {past.keys.shape[2]} tokens: expected whole frames of "
+                             f"{grid[1]} x {grid[2]}.")
         stem = module.bind(self._stem, self._gather(params["stem"], "stem"))
-        x, time, modulation, text = stem(x, timestep, text)
-        rope = jnp.asarray(rope_table(*grid, self.width // self.heads))
+        x, time, modulation = stem(x, timestep)
+        cached = text if isinstance(text, KeysValues) else None
+        text = stem.embed_text(text) if cached is None else None
+        rope = jnp.asarray(rope_table(before + grid[0], *grid[1:], self.width // self.heads))
 
         def step(carry, inputs):
             x, tapped = carry
-            block, slot = inputs
+            block, slot, past, cached = inputs
             x = checkpoint_name(_residual(x), "block_input")
             block = module.bind(self._block, self._gather(block, "blocks"))
-            x = _residual(block(x, modulation, text, rope))
+            x, own = block(x, modulation, text if cached is None else cached, rope, mask, past)
+            x = _residual(x)
             if taps:
                 tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)
-            return (x, tapped), None
+            return (x, tapped), _kept(past, own) if keep else None
 
-        if self.remat != "none":
+        if (remat := _override.get() or self.remat) != "none":
             # Forward and backward pass are two loops: there are no common subexpressions.
-            step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
+            step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
         # One scan over all blocks, since slices of stacked parameters are copies: every block
         # writes its output to a slot, those without a tap to the last one.
-        blocks, count = params["blocks"], self.layers
-        if not velocity and (count := max(taps) + 1) < self.layers:
-            blocks = jax.tree.map(lambda p: p[:count], blocks)
+        stacked, count = (params["blocks"], past, cached), self.layers
+        if not (velocity or keep) and (count := max(taps) + 1) < self.layers:
+            stacked = jax.tree.map(lambda p: p[:count], stacked)
+        blocks, past, cached = stacked
         slots = np.full(count, len(taps), np.int32)
         slots[list(taps)] = np.arange(len(taps))
         x = _residual(x)
         tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
         tapped = sharding.constrain(tapped, None, sharding.BATCH, "context", None)
-        (x, tapped), _ = jax.lax.scan(step, (x, tapped), (blocks, slots), unroll=self.unroll)
-        features = {tap: tapped[i] for i, tap in enumerate(taps)}
-        if not velocity:
-            return None, features
-        out = module.bind(self._head, self._gather(params["head"], "head"))(x, time)
-        return unpatchify(out, grid, self.patch), features
+        (x, tapped), kept = jax.lax.scan(
+            step, (x, tapped), (blocks, slots, past, cached), unroll=self.unroll)
+        out, features = None, {tap: tapped[i] for i, tap in enumerate(taps)}
+        if velocity:
+            out = module.bind(self._head, self._gather(params["head"], "head"))(x, time)
+            out = unpatchify(out, grid, self.patch)
+        return (out, features, kept) if keep else (out, features)
 
     def _gather(self, params: dict, part: str) -> dict:
         """Parameters of one block, of stem or head, as one use wants them: kernels in the dtype of
@@ -296,6 +351,14 @@ def _residual(x: jax.Array) -> jax.Array:
     return sharding.constrain(x, sharding.BATCH, "context", None)
 
 
+def _kept(past: KeysValues | None, own: KeysValues) -> KeysValues:
+    """Keys and values of past and present tokens, where `attend` has them."""
+    if past is not None:
+        own = KeysValues(*(jnp.concatenate(pair, 1) for pair in zip(past, own, strict=True)))
+    return jax.tree.map(
+        lambda x: sharding.constrain(x, sharding.BATCH, "context", "tensor", None), own)
+
+
 def _by_run(function, x: tuple[jax.Array, ...], vectors: tuple[jax.Array, ...]) -> jax.Array:
     """Elementwise `function` of [B, N, D] and of vectors [B, G, D], one per equal run of tokens."""
     tokens, runs = x[0].shape[1], vectors[0].shape[1]
@@ -334,23 +397,25 @@ class _Stem(nnx.Module):
         # Timesteps keep float32 on hardware whose float32 matmul is not.
         exact = {"precision": jax.lax.Precision.HIGHEST, "rngs": rngs}
         self.patch_embedding = Linear(
-            config.channels * math.prod(config.patch), width, dtype=dtype, rngs=rngs)
+            config.in_channels * math.prod(config.patch), width, dtype=dtype, rngs=rngs)
         self.time_1 = Linear(config.frequency_width, width, **exact)
         self.time_2 = Linear(width, width, **exact)
         self.time_proj = Linear(width, 6 * width, **exact)
         self.text_1 = Linear(config.text_width, width, dtype=dtype, rngs=rngs)
         self.text_2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, timestep, text):
+    def __call__(self, x, timestep):
         time = sinusoid(timestep, self.time_1.in_features)
         time = sharding.constrain(time, sharding.BATCH, None, None)
         time = self.time_2(jax.nn.silu(self.time_1(time)))
         time = sharding.constrain(time, sharding.BATCH, None, None)
         modulation = rearrange(self.time_proj(jax.nn.silu(time)), "b g (s d) -> b g s d", s=6)
         modulation = sharding.constrain(modulation, sharding.BATCH, None, None, None)
+        return self.patch_embedding(x), time, modulation
+
+    def embed_text(self, text):
         text = self.text_2(jax.nn.gelu(self.text_1(text), approximate=True))
-        text = sharding.constrain(text, sharding.BATCH, None, None)
-        return self.patch_embedding(x), time, modulation, text
+        return sharding.constrain(text, sharding.BATCH, None, None)
 
 
 class _Block(nnx.Module):
@@ -358,25 +423,30 @@ class _Block(nnx.Module):
 
     def __init__(self, config: VideoTransformer, rngs: nnx.Rngs):
         width, dtype, self.epsilon = config.width, config.dtype, config.epsilon
-        options = {"dtype": dtype, "implementation": config.attention, "context": True,
-                   "epsilon": config.epsilon, "rngs": rngs}
+        options = {"dtype": dtype, "implementation": config.attention, "epsilon": config.epsilon,
+                   "rngs": rngs}
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (6, width)) / math.sqrt(width))
-        self.attn1 = Attention(width, config.heads, **options)
+        self.attn1 = Attention(width, config.heads, context="qkv", **options)
         self.norm2 = nnx.LayerNorm(width, epsilon=config.epsilon, use_fast_variance=False,
                                    rngs=rngs)
-        self.attn2 = Attention(width, config.heads, **options)
+        self.attn2 = Attention(width, config.heads, context="q", **options)
         self.ffn_1 = Linear(width, config.ffn, dtype=dtype, rngs=rngs)
         self.ffn_2 = Linear(config.ffn, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, modulation, text, rope):
+    def __call__(self, x, modulation, text, rope, mask, past):
+        """The block's output, and keys and values of its self-attention."""
         table = modulation + self.scale_shift_table[...]
         shift1, scale1, gate1, shift2, scale2, gate2 = (table[:, :, i] for i in range(6))
-        h = _modulated_norm(x, scale1, shift1, self.epsilon)
-        x = _gated(x, self.attn1(h, rope=rope), gate1)
-        x = x + self.attn2(self.norm2(x.astype(jnp.float32)).astype(x.dtype), text)
-        h = self.ffn_1(_modulated_norm(x, scale2, shift2, self.epsilon))
-        return _gated(x, self.ffn_2(jax.nn.gelu(h, approximate=True)), gate2)
+        with jax.named_scope("self-attention"):
+            h = _modulated_norm(x, scale1, shift1, self.epsilon)
+            own = self.attn1.keys_values(h)
+            x = _gated(x, self.attn1(h, own, rope, mask, past), gate1)
+        with jax.named_scope("cross-attention"):
+            x = x + self.attn2(self.norm2(x.astype(jnp.float32)).astype(x.dtype), text)
+        with jax.named_scope("feed-forward"):
+            h = self.ffn_1(_modulated_norm(x, scale2, shift2, self.epsilon))
+            return _gated(x, self.ffn_2(jax.nn.gelu(h, approximate=True)), gate2), own
 
 
 class _Head(nnx.Module):

@@ -40,27 +40,28 @@ class UMT5Encoder:
     def _block(self, rngs: nnx.Rngs) -> "_Block":
         return _Block(self, rngs)
 
-    def _ends(self, rngs: nnx.Rngs) -> "_Ends":
-        return _Ends(self, rngs)
+    def _embed(self, rngs: nnx.Rngs) -> nnx.Embed:
+        return nnx.Embed(self.vocabulary, self.width, rngs=rngs)
+
+    def _norm(self, rngs: nnx.Rngs) -> nnx.RMSNorm:
+        return nnx.RMSNorm(self.width, epsilon=self.epsilon, dtype=jnp.float32, rngs=rngs)
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters, float32; `blocks` are stacked, with a leading axis L."""
-        ends, blocks = jax.random.split(key)
-        return {**module.init(self._ends, ends),
-                "blocks": module.init_stacked(self._block, blocks, self.layers)}
+        parts = {"embed": self._embed, "blocks": self._block, "norm": self._norm}
+        return module.init_parts(parts, key, self.layers)
 
     def __call__(self, params: dict, tokens: jax.Array) -> jax.Array:
         """int32[B, M] -> float32[B, M, D]; padding is not attended to, and its rows are 0."""
         there = tokens > 0
         buckets = relative_buckets(tokens.shape[1], self.buckets, self.max_distance)
-        ends = module.bind(self._ends, {k: v for k, v in params.items() if k != "blocks"})
 
         def block(x, params):
             return module.bind(self._block, params)(x, there, buckets), None
 
-        x = ends.embed(tokens).astype(jnp.float32)
+        x = module.bind(self._embed, params["embed"])(tokens).astype(jnp.float32)
         x, _ = jax.lax.scan(block, x, params["blocks"])
-        return ends.norm(x) * there[..., None]
+        return module.bind(self._norm, params["norm"])(x) * there[..., None]
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
@@ -79,16 +80,6 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     return (np.where(near < exact, near, far) + half * (distance > 0)).astype(np.int32)
 
 
-def _norm(config: UMT5Encoder, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.width, epsilon=config.epsilon, dtype=jnp.float32, rngs=rngs)
-
-
-class _Ends(nnx.Module):
-    def __init__(self, config: UMT5Encoder, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
-        self.norm = _norm(config, rngs)
-
-
 class _Block(nnx.Module):
     def __init__(self, config: UMT5Encoder, rngs: nnx.Rngs):
         inner, self.heads = config.heads * config.head_width, config.heads
@@ -96,7 +87,7 @@ class _Block(nnx.Module):
         def linear(size, out):
             return Linear(size, out, use_bias=False, dtype=config.dtype, rngs=rngs)
 
-        self.norm_1, self.norm_2 = _norm(config, rngs), _norm(config, rngs)
+        self.norm_1, self.norm_2 = config._norm(rngs), config._norm(rngs)
         self.to_q, self.to_k, self.to_v = (linear(config.width, inner) for _ in range(3))
         self.to_out = linear(inner, config.width)
         self.position_bias = nnx.Embed(config.buckets, config.heads, rngs=rngs)

@@ -12,8 +12,9 @@ from etils import epath
 
 from jaxvp.errors import UserError
 
-# What of a bundle is ever read, beside policy.json. What else lies there (a README) is nobody's.
-PARTS = ("act.stablehlo", "imagine.stablehlo", "params", "text_embeddings")
+# What of a bundle is ever read, besides policy.json and the exported functions, *.stablehlo. Any
+# other file (a README) is ignored.
+FOLDERS = ("params", "text_embeddings")
 
 
 def of_meaning(values: Mapping) -> str:
@@ -24,9 +25,11 @@ def of_meaning(values: Mapping) -> str:
 
 
 def of_files(folder: epath.Path, part: str = "") -> dict[str, str]:
-    """{name inside of `folder`: digest} of every file of the PARTS, or of one of them. Hidden files
-    (those that Macs leave behind) are left out."""
-    names = [name for each in ([part] if part else PARTS) for name in _files(folder, each)]
+    """{name inside of `folder`: digest} of the exported functions and of every file in the FOLDERS,
+    or of one of these alone. Hidden files (which Macs leave) are left out."""
+    functions = sorted(path.name for path in folder.glob("*.stablehlo") if path.name[0] != ".")
+    names = [name for each in ([part] if part else [*functions, *FOLDERS])
+             for name in _files(folder, each)]
     with ThreadPoolExecutor() as pool:  # Hashing lets other threads run.
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
@@ -37,7 +40,7 @@ def check_files(folder: epath.Path, expected: Mapping[str, str], part: str = "")
     Args:
       folder: of the bundle.
       expected: {name: digest}.
-      part: one of PARTS, to look at no other.
+      part: one of FOLDERS, to look at no other.
 
     Raises:
       UserError: a file is missing, changed, or none of the bundle's.

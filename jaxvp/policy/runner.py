@@ -1,10 +1,13 @@
 """A policy bundle in closed loop: from what a robot observes to actions in SI units."""
 
+import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvp.data import observation as unified
@@ -14,12 +17,42 @@ from jaxvp.errors import UserError
 from jaxvp.policy.bundle import Bundle
 
 
+@dataclasses.dataclass
+class _Episode:
+    """An episode of a slot, as far back as the window of the policy reaches.
+
+    Attributes:
+      name: of seed, task and trial.
+      carry: what the policy remembers, arrays [1, ...].
+      now: control step of the last observation, -1 before the first.
+      due: control step at which the policy is asked next.
+      observations: by control step.
+      frames: uint8[V, H, W, 3], the views of those observations whose images were read.
+      actions: by the control step in which they were executed, float[A] in SI units.
+    """
+
+    name: str
+    carry: dict
+    now: int = -1
+    due: int = 0
+    observations: dict[int, Mapping] = dataclasses.field(default_factory=dict)
+    frames: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    actions: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
 class PolicyRunner:
-    """Receding horizon: looks, plans a chunk of P actions, executes its first part, looks again.
+    """Receding horizon: is told every observation, predicts a chunk of P actions, of which the
+    first part is executed, predicts again.
 
     Several robots or simulators share a call of the policy; each has a number, its slot. What one
     of them does depends on its own observations and on (seed, task, trial, step) alone, never on
     who shares the call.
+
+    The window of the policy reaches back in time on the control clock: to the step nearest to each
+    frame, the first observation where there is none so early, masked; as in `data.clips`. Images
+    are read only where a frame is wanted, when the policy is asked after every `execution_horizon`
+    steps. One that is asked at another time reads images of earlier observations then, which a
+    simulator that renders upon reading refuses.
 
     Attributes:
       latencies: seconds that each call of the policy took, from arrays to arrays.
@@ -27,10 +60,12 @@ class PolicyRunner:
 
     def __init__(self, bundle: Bundle, seed: int = 0):
         self._bundle, self._manifest, self._seed = bundle, bundle.manifest, seed
-        self._episodes: dict[int, str] = {}
-        self._steps: dict[int, int] = {}
-        length = self._manifest.text_length
-        if self._manifest.text_width:
+        self._spec, window = self._manifest.spec, self._manifest.spec.window
+        self._episodes: dict[int, _Episode] = {}
+        self._steps = window.steps(self._manifest.fps)[:window.past]  # From now, ascending to 0.
+        self._reach = max(-int(self._steps[0]), window.past_actions)
+        length = self._spec.text_length
+        if self._spec.text_width:
             embeddings = TextEmbeddings(bundle.path / "text_embeddings")
             self._text = functools.partial(embeddings.lookup, length=length)
         else:
@@ -39,70 +74,115 @@ class PolicyRunner:
 
     def reset(self, slot: int, task: str = "", trial: int = 0, env=None):
         """Starts an episode. `env` is for policies that need a simulator, and not used."""
-        self._episodes[slot] = f"{self._seed}/{task}/{trial}"
-        self._steps[slot] = 0
+        name = f"{self._seed}/{task}/{trial}"
+        self._episodes[slot] = _Episode(name, self._bundle.initial_carry(1))
 
-    def plan(self, observations: Mapping[int, dict]) -> dict[int, np.ndarray]:
-        """What to do next, float32[execution_horizon, A] in SI units for each slot.
+    def observe(self, slot: int, observation: Mapping, action: np.ndarray | None = None):
+        """Tells what is seen: after `reset`, and after every control step.
 
         Args:
-          observations: slot to `evaluation.protocol.Observation`, after all the actions of the last
-            plan. A camera that is not among the images is masked.
+          slot: the robot.
+          observation: `evaluation.protocol.Observation`. A camera that is not among the images is
+            masked.
+          action: float[A] in SI units, executed since the observation before; None: unknown.
+        """
+        episode = self._episodes[slot]
+        if action is not None and episode.now >= 0:
+            episode.actions[episode.now] = action
+        episode.now += 1
+        episode.observations[episode.now] = observation
+        if self._wanted_later(episode):
+            self._frame(episode, episode.now)
+        for kept in (episode.observations, episode.frames, episode.actions):
+            for step in [step for step in kept if step < episode.now - self._reach]:
+                del kept[step]
+
+    def act(self, slots: Iterable[int]) -> dict[int, np.ndarray]:
+        """What to do next, float32[execution_horizon, A] in SI units for each slot, which were
+        observed now.
 
         Raises:
           UserError: an observation is of another robot or shape than the policy was trained for,
             or its text is none of those that were embedded.
         """
-        keys = np.stack([self._key(slot) for slot in observations])
-        batch = self.batch(list(observations.values()))
+        manifest, slots = self._manifest, list(slots)
+        episodes = [self._episodes[slot] for slot in slots]
+        keys = np.stack([_key(episode) for episode in episodes])
+        given = self.given(slots)
+        carry = jax.tree.map(lambda *rows: jnp.concatenate(rows), *[e.carry for e in episodes])
         started = time.perf_counter()
-        chunks = self._bundle.act(batch, keys)
+        outputs, carry = self._bundle.predict(given, keys, manifest.acting[1], carry)
         self.latencies.append(time.perf_counter() - started)
-        manifest = self._manifest
-        chunks = chunks[:, : manifest.execution_horizon, : len(manifest.action.names)]
+        chunks = outputs["action"][:, : manifest.execution_horizon, : len(manifest.action.names)]
+        for row, episode in enumerate(episodes):
+            episode.carry = jax.tree.map(lambda x, row=row: x[row : row + 1], carry)
+            episode.due = episode.now + manifest.execution_horizon
         actions = manifest.normalizer.unnormalize("action", chunks)
-        for slot in observations:
-            self._steps[slot] += manifest.execution_horizon
-        return dict(zip(observations, actions, strict=True))
+        return dict(zip(slots, actions, strict=True))
 
-    def batch(self, observations: Sequence[dict]) -> dict[str, np.ndarray]:
-        """Observations as the exported functions take them, see `policy.bundle`."""
-        rows = [self._row(observation) for observation in observations]
+    def given(self, slots: Sequence[int]) -> dict[str, np.ndarray]:
+        """What these slots see now, as the exported functions take it: see `policy.bundle`."""
+        rows = [self._row(self._episodes[slot]) for slot in slots]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _row(self, observation: Mapping) -> dict[str, np.ndarray]:
-        manifest = self._manifest
+    def _row(self, episode: _Episode) -> dict[str, np.ndarray]:
+        manifest, observation = self._manifest, episode.observations[episode.now]
         if observation["robot"] != manifest.robot:
             raise UserError(
                 f"The policy was trained for the robot {manifest.robot!r}, the observation is of "
                 f"{observation['robot']!r}."
             )
         images = observation["images"]
-        view_mask = np.array([camera in images for camera in manifest.cameras])
-        if not view_mask.any():
+        view_mask = [camera in images for camera in manifest.cameras]
+        if not any(view_mask):
             raise UserError(
                 f"The policy sees the cameras {manifest.cameras}, found {tuple(images)}."
             )
-        video = np.full((len(view_mask), 1, *manifest.image_size, 3), unified.MISSING, np.uint8)
-        for view, camera in enumerate(manifest.cameras):
-            if view_mask[view]:
-                video[view, 0] = unified.resize(images[camera], *manifest.image_size)
-        state = np.zeros(manifest.state_size, np.float32)
-        state_mask = np.zeros(manifest.state_size, bool)
-        if manifest.state:
-            size = len(manifest.state.names)
-            state[:size] = manifest.normalizer.normalize("state", observation["state"])
-            state_mask[:size] = True
-        return {
-            "video": video,
-            "view_mask": view_mask,
-            "text": self._text(unified.describe(
-                manifest.robot, manifest.camera_text, observation["instruction"])),
-            "state": state,
-            "state_mask": state_mask,
-        }
+        row = {name: np.zeros(shape, dtype)
+               for name, (shape, dtype) in self._spec.observation.items()}
+        row["view_mask"][:] = view_mask
+        row["text"][:] = self._text(unified.describe(
+            manifest.robot, manifest.camera_text, observation["instruction"]))
+        for k, step in enumerate(episode.now + self._steps):
+            nearest, there = max(int(step), 0), step >= 0
+            row["video"][:, k] = self._frame(episode, nearest)
+            row["frame_mask"][k] = there
+            if manifest.state:
+                self._put(row, "state", k, episode.observations[nearest]["state"], there)
+        past_actions = self._spec.window.past_actions
+        for k, step in enumerate(range(episode.now - past_actions, episode.now)):
+            if step in episode.actions:
+                self._put(row, "action", k, episode.actions[step], True)
+        return row
 
-    def _key(self, slot: int) -> np.ndarray:
-        """uint32[2], the data of a PRNG key, from (seed, task, trial, step)."""
-        name = f"{self._episodes[slot]}/{self._steps[slot]}"
-        return np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
+    def _put(self, row: dict[str, np.ndarray], column: str, k: int, values, there: bool):
+        """Writes the k-th vector of a column, normalised and padded, and its mask."""
+        values = self._manifest.normalizer.normalize(column, values)
+        row[column][k, : len(values)] = values
+        row[f"{column}_mask"][k, : len(values)] = there
+
+    def _wanted_later(self, episode: _Episode) -> bool:
+        """Whether a call after now, in the rhythm of the execution horizon, wants a frame of now.
+        A call now reads it itself."""
+        calls = range(episode.due, episode.now - int(self._steps[0]) + 1,
+                      self._manifest.execution_horizon)
+        return any(call > episode.now and episode.now in np.maximum(call + self._steps, 0)
+                   for call in calls)
+
+    def _frame(self, episode: _Episode, step: int) -> np.ndarray:
+        """The views at a step, uint8[V, H, W, 3]; reads the images when it is first asked."""
+        if step not in episode.frames:
+            images = episode.observations[step]["images"]
+            views, _, *size = self._spec.observation["video"][0]
+            frame = np.full((views, *size), unified.MISSING, np.uint8)
+            for view, camera in enumerate(self._manifest.cameras):
+                if camera in images:
+                    frame[view] = unified.resize(images[camera], *size[:2])
+            episode.frames[step] = frame
+        return episode.frames[step]
+
+
+def _key(episode: _Episode) -> np.ndarray:
+    """uint32[2], the data of a PRNG key, from (seed, task, trial, step)."""
+    name = f"{episode.name}/{episode.now}"
+    return np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)

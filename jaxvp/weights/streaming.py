@@ -1,6 +1,6 @@
 """Safetensors in and out, one tensor at a time: a host reads only the shards that its devices hold.
 
-A plan says where each parameter lies in the files: {"/"-joined name of a leaf: Stored}. Nothing is
+A key map says where each parameter is in the files: {"/"-joined name of a leaf: Stored}. Nothing is
 ever unpickled. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, the
 header as JSON, the data); several files of one model come with an `*.index.json` of their keys.
 """
@@ -268,7 +268,7 @@ class Stored:
         return self.load(tensor[()])[index]
 
 
-Plan = Mapping[str, Stored]
+KeyMap = Mapping[str, Stored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +295,7 @@ class Report:
         return "; ".join(parts) + "."
 
 
-def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequence[str] = (),
+def load(tensors: Mapping[str, Tensor], key_map: KeyMap, abstract, *, absent: Sequence[str] = (),
          unused: Sequence[str] = (), init: Callable[[], dict] | None = None) -> tuple[dict, Report]:
     """Builds parameters from files; every host reads only what its own devices hold.
 
@@ -303,7 +303,7 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
 
     Args:
       tensors: see Tensors.
-      plan: says where each parameter lies.
+      key_map: says where each parameter lies.
       abstract: nested dict of jax.ShapeDtypeStruct; those with a `sharding` are built so, the
         others on the default device. Numbers are cast to the dtype that it asks for.
       absent: regexes of names of parameters that may be in no file; `init()` initialises them.
@@ -318,11 +318,11 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
         or shapes differ. Before anything is read.
     """
     leaves = named_leaves(abstract)
-    missing = {name: sorted(set(plan[name].all_keys()) - set(tensors)) if name in plan else []
+    missing = {name: sorted(set(key_map[name].all_keys()) - set(tensors)) if name in key_map else []
                for name in leaves}
-    initialised = [name for name, keys in missing.items() if keys or name not in plan]
+    initialised = [name for name, keys in missing.items() if keys or name not in key_map]
     loaded = [name for name in leaves if name not in initialised]
-    left = sorted(set(tensors) - {key for name in loaded for key in plan[name].all_keys()})
+    left = sorted(set(tensors) - {key for name in loaded for key in key_map[name].all_keys()})
     problems = []
     if lacking := [name for name in initialised if not _matches(absent, name)]:
         keys = [key for name in lacking for key in missing[name]]
@@ -330,8 +330,8 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
                         + (f" (keys {listed(keys)})" if keys else ""))
     if extra := [key for key in left if not _matches(unused, key)]:
         problems.append(f"keys that no parameter wants: {listed(extra)}")
-    problems += [problem for name in loaded
-                 for problem in _shape_problems(tensors, plan[name], name, leaves[name].shape)][:8]
+    problems += [problem for name in loaded for problem in
+                 _shape_problems(tensors, key_map[name], name, leaves[name].shape)][:8]
     if problems:
         where = getattr(tensors, "path", "The weights")
         raise UserError(f"{where} does not fit the model: {'; '.join(problems)}.")
@@ -348,20 +348,20 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract, *, absent: Sequenc
 
         values = jax.jit(fresh, out_shardings=shardings)()
     for name in loaded:
-        values[name] = _build(tensors, plan[name], leaves[name])
+        values[name] = _build(tensors, key_map[name], leaves[name])
     params = jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in leaves])
     size = sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize
-               for name in loaded for key in plan[name].all_keys())
+               for name in loaded for key in key_map[name].all_keys())
     return params, Report(tuple(loaded), tuple(initialised), tuple(left), size)
 
 
-def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9,
+def save(params, key_map: KeyMap, folder: str | Path, *, shard_bytes: int = 5 * 10**9,
          stem: str = "diffusion_pytorch_model", dtype=None):
     """Writes parameters as safetensors, one tensor at a time; all processes call it, one writes.
 
     Args:
       params: nested dict of arrays, sharded or not.
-      plan: where each parameter goes.
+      key_map: where each parameter goes.
       folder: gets `stem`.safetensors, or numbered shards and their index.
       shard_bytes: largest size of a file's data (one tensor that is larger gets its own file).
       stem: of the file names; diffusers reads "diffusion_pytorch_model", transformers "model".
@@ -369,27 +369,27 @@ def save(params, plan: Plan, folder: str | Path, *, shard_bytes: int = 5 * 10**9
 
     Raises:
       UserError: the folder already holds safetensors.
-      UserError: a parameter is not in the plan, or the plan names one that does not exist.
+      UserError: a parameter is not in the key map, or the key map names one that does not exist.
     """
     folder = Path(folder)
     if folder.is_dir() and (there := sorted(f.name for f in find(folder, "*.safetensors*"))):
         raise UserError(f"{folder} already holds {listed(there)}: choose an empty folder.")
     leaves = named_leaves(params)
-    if set(leaves) != set(plan):
-        raise ValueError(f"Parameters and plan differ in {listed(sorted(set(leaves) ^ set(plan)))}"
-                         ".")
-    home = {key: (name, i) for name, stored in plan.items()
+    if set(leaves) != set(key_map):
+        differing = listed(sorted(set(leaves) ^ set(key_map)))
+        raise ValueError(f"Parameters and key map differ in {differing}.")
+    home = {key: (name, i) for name, stored in key_map.items()
             for i, key in enumerate(stored.all_keys())}
     header = {}
     for key, (name, _) in home.items():
-        leaf, stacked = leaves[name], not isinstance(plan[name].keys, str)
+        leaf, stacked = leaves[name], not isinstance(key_map[name].keys, str)
         x = jax.ShapeDtypeStruct(leaf.shape[stacked:], dtype or leaf.dtype)
-        header[key] = jax.eval_shape(plan[name].store, x).shape, np.dtype(x.dtype)
+        header[key] = jax.eval_shape(key_map[name].store, x).shape, np.dtype(x.dtype)
 
     def read(key):
         name, layer = home[key]
-        x = _fetch(leaves[name], None if isinstance(plan[name].keys, str) else layer)
-        return plan[name].store(x).astype(header[key][1])
+        x = _fetch(leaves[name], None if isinstance(key_map[name].keys, str) else layer)
+        return key_map[name].store(x).astype(header[key][1])
 
     shards, filled = [[]], 0
     for key in sorted(header, key=_natural):
@@ -445,7 +445,7 @@ def _shape_problems(tensors, stored: Stored, name: str, shape: tuple[int, ...]) 
     """At most one message, about the first tensor of the wrong shape."""
     if not isinstance(stored.keys, str):
         if len(stored.keys) != shape[0]:
-            return [f"{name} {list(shape)} has {shape[0]} layers, the plan {len(stored.keys)}"]
+            return [f"{name} {list(shape)} has {shape[0]} layers, the key map {len(stored.keys)}"]
         shape = shape[1:]
     for key in stored.all_keys():
         found = tensors[key].shape

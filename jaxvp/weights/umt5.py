@@ -31,7 +31,7 @@ _BLOCK = {
 _UNUSED = ("shared.weight", "encoder.embed_tokens.weight", "decoder..*", "lm_head.weight")
 
 
-def plan(layers: int, tensors: Mapping) -> dict[str, Stored]:
+def key_map(layers: int, tensors: Mapping) -> dict[str, Stored]:
     """Where each parameter lies in `tensors`, in whichever of the two spellings they have."""
     original = "token_embedding.weight" in tensors
     embedding = next((key for key in ("token_embedding.weight", "shared.weight")
@@ -53,9 +53,9 @@ def encoder_of(tensors: Tensors, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> 
       UserError: the tensors are not of UMT5's encoder.
     """
     layers = 0
-    while plan(layers + 1, tensors)["blocks/norm_1/scale"].keys[-1] in tensors:
+    while key_map(layers + 1, tensors)["blocks/norm_1/scale"].keys[-1] in tensors:
         layers += 1
-    stored = plan(1, tensors)
+    stored = key_map(1, tensors)
     wanted = {key for entry in stored.values() for key in entry.all_keys()}
     if missing := sorted(wanted - set(tensors)):
         raise UserError(
@@ -92,7 +92,7 @@ def read(path: str | Path, dtype: jax.typing.DTypeLike = jnp.bfloat16
     encoder = encoder_of(tensors, dtype)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
                             jax.eval_shape(encoder.init, jax.random.key(0)))
-    return encoder, *load(tensors, plan(encoder.layers, tensors), abstract, unused=_UNUSED)
+    return encoder, *load(tensors, key_map(encoder.layers, tensors), abstract, unused=_UNUSED)
 
 
 def digest(tensors: Tensors) -> str:
@@ -105,7 +105,7 @@ def digest(tensors: Tensors) -> str:
     for name in ("max_distance", "epsilon"):
         if (value := getattr(encoder, name)) != getattr(UMT5Encoder, name):
             result.update(f"{name} {value}".encode())
-    for name, stored in sorted(plan(encoder.layers, tensors).items()):
+    for name, stored in sorted(key_map(encoder.layers, tensors).items()):
         for key in stored.all_keys():
             row = tensors[key][:1].astype(jnp.bfloat16)
             result.update(f"{name} {tensors[key].shape}".encode() + row.tobytes())

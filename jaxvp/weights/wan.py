@@ -1,28 +1,25 @@
 """Wan's transformer weights in (original and diffusers spelling) and out (diffusers).
 
-    python -m jaxvp.weights.wan --workdir=runs/pretrain --out=FOLDER
-
-exports the averaged parameters of a training run's video transformer as a folder that
-`diffusers.WanTransformer3DModel.from_pretrained` reads. Key names: Wan-Video/Wan2.1
-wan/modules/model.py; huggingface/diffusers scripts/convert_wan_to_diffusers.py.
+Key names: Wan-Video/Wan2.1 wan/modules/model.py; huggingface/diffusers
+scripts/convert_wan_to_diffusers.py. The command that exports those of a training run is
+jaxvp.tools.export_wan.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 
-from jaxvp import command
 from jaxvp.errors import UserError
 from jaxvp.files import find
 from jaxvp.models.transformer import SIZES, VideoTransformer
 from jaxvp.rules import named_leaves
 from jaxvp.weights import streaming
 from jaxvp.weights.model_config import ModelConfig
-from jaxvp.weights.streaming import Plan, Report, Stored, Tensors
+from jaxvp.weights.streaming import KeyMap, Report, Stored, Tensors
 
 # {ours: (diffusers, original)}; the original numbers its norms otherwise, in the order of use
 # norm1, norm3, norm2.
@@ -53,10 +50,11 @@ SPELLINGS = {"diffusers": "condition_embedder.time_proj.weight",
 # VideoTransformer, or `velocity` prediction, has}.
 COMPUTES = {"_class_name": ("WanTransformer3DModel", "WanModel"), "cross_attn_norm": (True,),
             "qk_norm": ("rms_norm_across_heads", True), "window_size": ([-1, -1],)}
+TAKE = "Take text-to-video weights (T2V), or Wan 2.2 TI2V 5B."
 SCHEDULES = {"prediction_type": ("flow_prediction",), "num_train_timesteps": (1000,)}
 
 
-def plan(transformer: VideoTransformer, spelling: str = "diffusers") -> Plan:
+def key_map(transformer: VideoTransformer, spelling: str = "diffusers") -> KeyMap:
     """Where every parameter of the transformer lies in Wan's files, in one of SPELLINGS."""
     column = list(SPELLINGS).index(spelling)
     found = {}
@@ -77,6 +75,23 @@ def plan(transformer: VideoTransformer, spelling: str = "diffusers") -> Plan:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Widened(Stored):
+    """The patch embedding of a model with more channels than weights: the further count nothing.
+
+    Attributes:
+      channels: of the model.
+    """
+
+    channels: int = 0
+
+    def load(self, x):
+        d, c, *patch = x.shape
+        xp = x.__array_namespace__()
+        more = xp.zeros((d, self.channels - c, *patch), dtype=x.dtype)
+        return super().load(xp.concatenate([x, more], axis=1))
+
+
 def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
          absent: Sequence[str] = (), init: Callable[[], dict] | None = None
          ) -> tuple[dict, Report]:
@@ -86,7 +101,9 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
       path: file, index, folder, or a pipeline's folder with these in `transformer/`; in the
         original or the diffusers spelling. With config.json beside them, unless they are of one
         of SIZES.
-      transformer: of the size of the weights.
+      transformer: of the size of the weights. Where it has more in_channels than weights that
+        take noisy latents alone, the weights of the condition start at zero: it computes what they
+        do, until it is trained.
       abstract: like `transformer.init`: jax.ShapeDtypeStruct (dtype, sharding) or arrays that lie
         as the result shall; by default float32 on the default device.
       absent, init: see `streaming.load`: parameters that may be in no file are initialised.
@@ -106,10 +123,14 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
         raise UserError(f"{path} is not a Wan transformer: it has neither "
                         f"{' nor '.join(SPELLINGS.values())}, but "
                         f"{streaming.listed(sorted(tensors))}.")
-    _check_sizes(tensors, transformer)
+    widened = _check_sizes(tensors, transformer)
     if abstract is None:
         abstract = jax.eval_shape(transformer.init, jax.random.key(0))
-    return streaming.load(tensors, plan(transformer, spelling), abstract, absent=absent, init=init)
+    stored = dict(key_map(transformer, spelling))
+    if widened:
+        name = "stem/patch_embedding/kernel"
+        stored[name] = _Widened(**vars(stored[name]), channels=transformer.in_channels)
+    return streaming.load(tensors, stored, abstract, absent=absent, init=init)
 
 
 def save(params: dict, transformer: VideoTransformer, folder: str | Path, *,
@@ -125,7 +146,7 @@ def save(params: dict, transformer: VideoTransformer, folder: str | Path, *,
     Raises:
       UserError: the folder already holds safetensors.
     """
-    streaming.save(params, plan(transformer), folder, shard_bytes=shard_bytes, dtype=dtype)
+    streaming.save(params, key_map(transformer), folder, shard_bytes=shard_bytes, dtype=dtype)
     if jax.process_index() == 0:
         text = json.dumps(diffusers_config(transformer), indent=2)
         (Path(folder) / "config.json").write_text(text + "\n")
@@ -137,7 +158,7 @@ def diffusers_config(transformer: VideoTransformer) -> dict:
         "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "image_dim": None,
         "attention_head_dim": transformer.width // transformer.heads,
         "cross_attn_norm": True, "eps": transformer.epsilon, "ffn_dim": transformer.ffn,
-        "freq_dim": transformer.frequency_width, "in_channels": transformer.channels,
+        "freq_dim": transformer.frequency_width, "in_channels": transformer.in_channels,
         "num_attention_heads": transformer.heads, "num_layers": transformer.layers,
         "out_channels": transformer.channels, "patch_size": list(transformer.patch),
         "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
@@ -162,8 +183,11 @@ def stored_sizes(tensors: Tensors) -> dict:
     try:
         patch = shape("stem/patch_embedding")
         blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-        sizes = {"channels": patch[1], "patch": tuple(patch[2:]), "width": patch[0],
-                 "layers": len(blocks), "ffn": shape("blocks/ffn_1")[0],
+        last = [tensors[key].shape for key in ("proj_out.bias", "head.head.bias")
+                if key in tensors]
+        channels = last[0][0] // math.prod(patch[2:]) if last else patch[1]
+        sizes = {"channels": channels, "in_channels": patch[1], "patch": tuple(patch[2:]),
+                 "width": patch[0], "layers": len(blocks), "ffn": shape("blocks/ffn_1")[0],
                  "text_width": shape("stem/text_1")[1],
                  "frequency_width": shape("stem/time_1")[1]}
     except (StopIteration, IndexError) as error:
@@ -176,20 +200,17 @@ def stored_sizes(tensors: Tensors) -> dict:
 
 def _check_supported(tensors: Tensors, sizes: Mapping):
     """Raises UserError for weights of another model than VideoTransformer of these sizes."""
-    last = [tensors[key].shape for key in ("proj_out.bias", "head.head.bias") if key in tensors]
-    out = last[0][0] // math.prod(sizes["patch"]) if last else sizes["channels"]
     images = [key for key in tensors if key.startswith(("condition_embedder.image", "img_emb"))]
-    if images or out != sizes["channels"]:
-        what = images[0] if images else f"{sizes['channels']} channels in and {out} out"
+    if images:
         raise UserError(
-            f"{tensors.path} has {what}: weights that take an image, or another condition beside "
-            "the noisy latents and the text, are not supported (image-to-video, control). Take "
-            "text-to-video weights (T2V), or Wan 2.2 TI2V 5B.")
+            f"{tensors.path} has {images[0]}: weights that take an image beside noisy latents and "
+            f"text are not supported (image-to-video). {TAKE}")
     as_stored = {
-        "in_channels": sizes["channels"], "in_dim": sizes["channels"], "out_channels": out,
-        "out_dim": out, "dim": sizes["width"], "num_layers": sizes["layers"],
-        "ffn_dim": sizes["ffn"], "freq_dim": sizes["frequency_width"],
-        "text_dim": sizes["text_width"], "patch_size": list(sizes["patch"])}
+        "in_channels": sizes["in_channels"], "in_dim": sizes["in_channels"],
+        "out_channels": sizes["channels"], "out_dim": sizes["channels"], "dim": sizes["width"],
+        "num_layers": sizes["layers"], "ffn_dim": sizes["ffn"],
+        "freq_dim": sizes["frequency_width"], "text_dim": sizes["text_width"],
+        "patch_size": list(sizes["patch"])}
     tensors.config.check(COMPUTES | {key: (value,) for key, value in as_stored.items()})
 
 
@@ -209,10 +230,23 @@ def _heads(tensors: Tensors, sizes: Mapping) -> int:
     return heads
 
 
-def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
-    """Raises UserError when the weights are of another size; says of which."""
-    found = stored_sizes(tensors)
-    if wrong := [name for name, value in found.items() if getattr(transformer, name) != value]:
+def _check_sizes(tensors: Tensors, transformer: VideoTransformer) -> bool:
+    """Whether the model is wider than the weights, by a condition that these know nothing of.
+
+    Raises:
+      UserError: the weights are of another size; says of which.
+    """
+    found, ours = stored_sizes(tensors), vars(transformer)
+    takes = found["in_channels"]
+    if found["channels"] < takes != transformer.in_channels:
+        raise UserError(
+            f"{tensors.path} has {takes} channels in and {found['channels']} out: weights that "
+            "take an image, or another condition on channels (image-to-video, control), are for a "
+            f"model with in_channels={takes}; this one has {transformer.in_channels}. {TAKE}")
+    widened = found["channels"] == takes < transformer.in_channels
+    if widened or transformer.channels == transformer.in_channels:
+        found.pop("in_channels")  # Nothing more to compare.
+    if wrong := [name for name, value in found.items() if ours[name] != value]:
         size = next((name for name, fields in SIZES.items()
                      if all(found[field] == value for field, value in fields.items())), None)
         named = {} if size is None else {"size": size}
@@ -220,8 +254,9 @@ def _check_sizes(tensors: Tensors, transformer: VideoTransformer):
         named |= {name: value for name, value in found.items() if defaults.get(name) != value}
         raise UserError(
             f"{tensors.path} has {', '.join(f'{name} {found[name]}' for name in wrong)}, "
-            f"the model {', '.join(f'{name} {getattr(transformer, name)}' for name in wrong)}: "
+            f"the model {', '.join(f'{name} {ours[name]}' for name in wrong)}: "
             f"what fits is {', '.join(f'{name}={value!r}' for name, value in named.items())}.")
+    return widened
 
 
 def _check_pipeline(path: Path):
@@ -234,28 +269,3 @@ def _check_pipeline(path: Path):
             "`transformer_2` for low noise. One transformer for all noise is what is supported: "
             f"name the one to start from, {path / 'transformer'} or {path / 'transformer_2'}.")
     ModelConfig.read(path / "scheduler" / "scheduler_config.json").check(SCHEDULES)
-
-
-def export(workdir: str | Path, out: str | Path, dtype: str):
-    """Writes the averaged parameters of a run's video transformer; see `save`."""
-    from jaxvp import checkpoint
-    from jaxvp.export import read_assets
-    from jaxvp.step import make_method
-
-    method = make_method(*read_assets(workdir)[1:])
-    save(checkpoint.restore_params(workdir)["video"], method.transformer, out, dtype=dtype)
-    print(f"{out}: {method.transformer.parameter_count:,} parameters in {dtype}, for diffusers' "
-          "WanTransformer3DModel.")
-
-
-def start(settings):
-    """Exports what the flags say."""
-    export(settings.workdir, settings.out, settings.dtype)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Workdir of a training run, or one of its checkpoints.")
-    flags.DEFINE_string("out", None, "Folder for the weights; without safetensors in it yet.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the weights.")
-    flags.mark_flags_as_required(["workdir", "out"])
-    command.run(start)

@@ -35,7 +35,7 @@ _LAYERS = {
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "gamma"}
 
 
-def plan(vae: WanVAE, original: bool = False) -> dict[str, Stored]:
+def key_map(vae: WanVAE, original: bool = False) -> dict[str, Stored]:
     """Where each parameter of `vae` lies: under diffusers' keys, or (`original`) Wan's own."""
     return {name: Stored(_key(name, vae.sizes.residual, original), _pattern(name, leaf.ndim))
             for name, leaf in named_leaves(_abstract(vae)).items()}
@@ -90,7 +90,7 @@ def load(path: str | Path, vae: WanVAE, abstract: dict | None = None) -> tuple[d
     if min(std) <= 0:
         raise UserError(f"{config.path} says latents_std {std}; expected positive numbers.")
     abstract = _abstract(vae) if abstract is None else abstract
-    stored = plan(vae, original="encoder.conv1.weight" in tensors)
+    stored = key_map(vae, original="encoder.conv1.weight" in tensors)
     # Half of an autoencoder may be wanted; every key must be known all the same.
     other = {key for name, entry in stored.items() if name.partition("/")[0] not in abstract
              for key in entry.all_keys()}
@@ -106,7 +106,7 @@ def save(params: dict, vae: WanVAE, folder: str | Path):
     Raises:
       UserError: the folder already holds safetensors.
     """
-    streaming.save(params, plan(vae), folder)
+    streaming.save(params, key_map(vae), folder)
     sizes = vae.sizes
     config = {
         "_class_name": "AutoencoderKLWan", "base_dim": sizes.width,

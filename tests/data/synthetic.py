@@ -1,11 +1,13 @@
 """A small dataset whose pictures, actions and states say which episode and step they are of."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
@@ -96,7 +98,7 @@ def write(folder: Path, **options) -> Path:
     builder = Synthetic(**options)
     items = builder.items()
     incomplete = writer.open_folder(builder, items, folder)
-    shards = writer.plan_shards(builder, items)
+    shards = writer.make_shards(builder, items)
     for shard in shards:
         writer.write_shard(builder, shard, incomplete)
     return writer.finish(builder, shards, incomplete)[0]
@@ -118,8 +120,42 @@ def rewrite(folder: Path, change: Callable[[int, tf_example_pb2.Example], None] 
         sink.close()
 
 
+def stored(record: int, now: int, shape: tuple[int, ...]) -> np.ndarray:
+    """float16[shape], the array of `store` for a step of a record."""
+    return np.arange(np.prod(shape), dtype=np.float16).reshape(shape) + 64 * record + now
+
+
+def store(folder: Path, stride: int, cameras: bool = False, **arrays: Mapping):
+    """Adds arrays to a dataset as jaxvp.tools.precompute does, without its pictures unless
+    `cameras`; `arrays`: name to what was computed, "shape" among it."""
+    def change(number, example):
+        feature = example.features.feature
+        length = len(feature["steps/is_first"].int64_list.value)
+        for name, made in arrays.items():
+            feature[f"steps/observation/{name}"].bytes_list.value.extend(
+                b"" if step % stride else stored(number, step, made["shape"]).tobytes()
+                for step in range(length))
+        for camera in () if cameras else VIEWS:
+            del feature[f"steps/observation/{camera}"]
+        (options,) = feature["episode_metadata/options"].bytes_list.value
+        feature["episode_metadata/options"].bytes_list.value[0] = json.dumps(
+            json.loads(options) | {"extra": arrays}).encode()
+
+    rewrite(folder, change)
+    features = tfds.builder_from_directory(folder).info.features
+    steps = dict(features["steps"].feature)
+    steps["observation"] = {
+        name: feature for name, feature in steps["observation"].items()
+        if cameras or name not in VIEWS} | {
+        name: tfds.features.Tensor(shape=(None, *made["shape"][1:]), dtype=np.float16,
+                                   encoding="bytes") for name, made in arrays.items()}
+    tfds.features.FeaturesDict({
+        "steps": tfds.features.Dataset(steps), "episode_metadata": features["episode_metadata"],
+    }).save_config(str(folder))
+
+
 def damage(folder: Path, data: bytes):
-    """Overwrites `data` where it lies in a file; what is at the middle of it."""
+    """Overwrites four bytes in the middle of `data` in the file that holds it."""
     for file in sorted(folder.glob("*.array_record*")):
         content = bytearray(file.read_bytes())
         if (start := content.find(data)) >= 0:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from synthetic import LENGTHS, rewrite
 
-from jaxvp.data import checks, inspect, mixture, text_embeddings
-from jaxvp.data.mixture import DataConfig
+from jaxvp.data import checks, text_embeddings
+from jaxvp.data.mixture import Mixture
 from jaxvp.data.rlds import Episodes
+from jaxvp.data.sources import DataConfig, held_out
+from jaxvp.data.spec import Window
 from jaxvp.data.text import ByteTokenizer
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError
@@ -16,8 +18,20 @@ from jaxvp.errors import UserError
 
 def config(*folders, **changes):
     sources = [folder if isinstance(folder, dict) else {"path": str(folder)} for folder in folders]
-    values = dict(num_frames=2, fps=5, chunk=3, image_size=16, text_length=48)
+    values = dict(window=Window(fps=5, future=1, chunk=3), image_size=16, text_length=48)
     return DataConfig(sources=sources, **values | changes)
+
+
+def windowed(*folders, past=1, future=1, chunk=3, fps=5):
+    return config(*folders, window=Window(fps=fps, past=past, future=future, chunk=chunk))
+
+
+def train(cfg, batch_size):
+    return Mixture(cfg).train(cfg.window, batch_size, seed=0)
+
+
+def validation(cfg, batch_size, num_batches):
+    return Mixture(cfg).validation(cfg.window, batch_size, num_batches)
 
 
 def embed(folder, episodes, texts):
@@ -27,10 +41,6 @@ def embed(folder, episodes, texts):
 
     text_embeddings.add(folder, texts, "encoder", 4, encode, [e.digest for e in episodes])
     return TextEmbeddings(folder)
-
-
-def problems(cfg):
-    return [source["problem"] for source in inspect.inspect(cfg)["sources"]]
 
 
 # Texts.
@@ -60,28 +70,26 @@ def test_a_text_that_is_too_long_is_refused_at_opening(make_dataset):
     cfg = config(folder, text_length=35)
     with pytest.raises(UserError, match=r"long/1.0.0 train: The text has 36 bytes, text_length is "
                                         r"35.*'test robot; three views; task 3 more'"):
-        mixture.train_iterator(cfg, 4, seed=0)
-    assert "The text has 36 bytes" in problems(cfg)[0]
-    short = config({"path": str(folder), "min_seconds": 0.55, "validation_split": ""}, chunk=3,
+        Mixture(cfg)
+    short = config({"path": str(folder), "min_seconds": 0.55, "validation_split": ""},
                    text_length=36)
-    next(mixture.train_iterator(short, 4, seed=0))
+    next(train(short, 4))
 
 
 def test_texts_of_records_that_a_filter_leaves_out_may_be_long(make_dataset):
     folder = make_dataset("robots", robots=("arm", "an arm with a much longer name"))
     with pytest.raises(UserError, match="raise text_length"):
-        mixture.train_iterator(config(folder, text_length=30), 4, seed=0)
-    mixture.train_iterator(config({"path": str(folder), "robots": ("arm",)}, text_length=30), 4, 0)
+        Mixture(config(folder, text_length=30))
+    Mixture(config({"path": str(folder), "robots": ("arm",)}, text_length=30))
 
 
 def test_a_held_out_text_that_is_too_long(make_dataset):
     """Of 11 episodes the last, `task 10 more`, is held out and has the longest text."""
     folder = make_dataset("held_out", lengths=(6,) * 11, val_fraction=0.1)
     cfg = config(folder, text_length=36)
-    mixture.train_iterator(cfg, 4, seed=0)
+    Mixture(cfg)
     with pytest.raises(UserError, match="1.0.0 val: The text has 37 bytes, text_length is 36"):
-        mixture.validation_batches(cfg, 4, 1)
-    assert "1.0.0 val: The text has 37 bytes" in problems(cfg)[0]
+        validation(cfg, 4, 1)
 
 
 def test_embedded_texts_are_checked_too(make_dataset, tmp_path):
@@ -89,18 +97,16 @@ def test_embedded_texts_are_checked_too(make_dataset, tmp_path):
     episodes = Episodes(folder, "train")
     texts = checks.distinct_texts(episodes)
     there = dict(text_embeddings=str(tmp_path / "embeddings"), text_width=4)
-    assert problems(config(folder, **there)) == [None]  # They may still be made.
     embed(tmp_path / "embeddings", [episodes], texts)
-    mixture.train_iterator(config(folder, text_length=36, **there), 4, seed=0)
+    Mixture(config(folder, text_length=36, **there))
     short = config(folder, text_length=35, **there)
     with pytest.raises(UserError, match="train: The text has 36 tokens, text_length is 35"):
-        mixture.train_iterator(short, 4, seed=0)
-    assert "The text has 36 tokens" in problems(short)[0]
+        Mixture(short)
     # A folder that claims to be complete and is not.
     embed(tmp_path / "other", [episodes], texts[1:])
     there["text_embeddings"] = str(tmp_path / "other")
     with pytest.raises(UserError, match=f"no embedding of the text '{texts[0]}'"):
-        mixture.train_iterator(config(folder, **there), 4, seed=0)
+        Mixture(config(folder, **there))
 
 
 # Robots.
@@ -117,15 +123,13 @@ def with_options(folder, **options):
 def test_a_robot_has_one_rate(make_dataset):
     folders = [make_dataset(name, fps=fps, lengths=(20, 20), max_steps=600)
                for name, fps in (("slow", 10.0), ("fast", 30.0), ("nearly", 10.0005))]
-    mixture.train_iterator(config(folders[0], folders[2]), 4, seed=0)
+    Mixture(config(folders[0], folders[2]))
     for order in (folders[:2], folders[1::-1]):
         with pytest.raises(UserError, match="'test robot' has steps per second .* in .* and "):
-            mixture.train_iterator(config(*order), 4, seed=0)
-        first, second, third = problems(config(*order, order[0]))  # Only the odd one is named.
-        assert first is None is third and "has steps per second" in second
+            Mixture(config(*order))
     people = [make_dataset(name, fps=fps, has_action=False)
               for name, fps in (("video", 10.0), ("film", 30.0))]
-    mixture.train_iterator(config(*people), 4, seed=0)  # What has no actions may have any rate.
+    Mixture(config(*people))  # What has no actions may have any rate.
 
 
 @pytest.mark.parametrize("name, values", [("rotation", ("180", "flip")), ("image_size", (64, 128))])
@@ -133,12 +137,12 @@ def test_a_robot_has_one_protocol(make_dataset, name, values):
     folders = [with_options(make_dataset(f"d{value}"), **{name: value}) for value in values]
     plain = make_dataset("plain")
     with pytest.raises(UserError, match=rf"has --{name} {values[0]} in .* and {values[1]} in "):
-        mixture.train_iterator(config(*folders), 4, seed=0)
+        Mixture(config(*folders))
     with pytest.raises(UserError, match=rf"has --{name} None in .* and {values[0]} in "):
-        mixture.train_iterator(config(plain, folders[0]), 4, seed=0)
+        Mixture(config(plain, folders[0]))
     other = with_options(make_dataset("other", robot="other robot"), **{name: values[1]})
-    batches = mixture.train_iterator(config(folders[0], other), 4, seed=0)
-    assert [batches.embodiments()[robot]["options"][name] for robot in ("test robot", "other robot")
+    data = Mixture(config(folders[0], other))
+    assert [data.embodiments()[robot]["options"][name] for robot in ("test robot", "other robot")
             ] == list(values)
 
 
@@ -146,30 +150,40 @@ def test_a_robot_has_one_protocol(make_dataset, name, values):
 
 def test_a_chunk_that_no_record_has(make_dataset):
     folder = make_dataset("data")
-    assert not mixture.train_iterator(config(folder, chunk=max(LENGTHS)), 4, seed=0).notes
-    with pytest.raises(UserError, match="data.chunk is 31, but the longest record with actions has "
-                                        "30 steps"):
-        mixture.train_iterator(config(folder, chunk=31), 4, seed=0)
+    assert not Mixture(windowed(folder, chunk=max(LENGTHS))).notes
+    with pytest.raises(UserError, match="data.window.chunk is 31, but the longest record with "
+                                        "actions has 30 steps"):
+        Mixture(windowed(folder, chunk=31))
     short = make_dataset("short", robot="short robot", lengths=(9, 8))
-    (note,) = mixture.train_iterator(config(folder, short, chunk=10), 4, seed=0).notes
-    assert "'short robot' has no record of data.chunk = 10 steps, but at most 9" in note
+    (note,) = Mixture(windowed(folder, short, chunk=10)).notes
+    assert "'short robot' has no record of data.window.chunk = 10 steps, but at most 9" in note
     video = make_dataset("video", has_action=False, lengths=(9,))
-    assert not mixture.train_iterator(config(video, chunk=31), 4, seed=0).notes
+    assert not Mixture(windowed(video, chunk=31)).notes
 
 
-def test_a_clip_that_no_record_has(make_dataset):
-    """30 steps at 10 per second are 15 frames at 5: the steps 0, 2, ... 28."""
+@pytest.mark.parametrize("past", [1, 6])
+def test_a_clip_that_no_record_has(make_dataset, past):
+    """30 steps at 10 per second are 15 frames at 5: the steps 0, 2, ... 28; observed or not."""
     folder = make_dataset("data")
-    assert not mixture.train_iterator(config(folder, num_frames=15), 4, seed=0).notes
-    (note,) = mixture.train_iterator(config(folder, num_frames=16), 4, seed=0).notes
+    assert not Mixture(windowed(folder, past=past, future=15 - past)).notes
+    (note,) = Mixture(windowed(folder, past=past, future=16 - past)).notes
     assert "3 seconds, so no clip has all of its 16 frames at 5 per second" in note
+
+
+def test_a_clip_is_as_long_as_its_frames_say(make_dataset):
+    """At 8 frames per second the steps -1, 0 and 1 are three; with the first as now, -0, 1 and 3
+    are four."""
+    folder = make_dataset("data", lengths=(3, 3))
+    assert not Mixture(windowed(folder, past=2, future=1, fps=8)).notes
+    (note,) = Mixture(windowed(folder, past=1, future=2, fps=8)).notes
+    assert "no clip has all of its 3 frames" in note
 
 
 def test_a_batch_that_is_larger_than_the_data(make_dataset):
     folder = make_dataset("data", lengths=(5, 4))
-    assert len(next(mixture.train_iterator(config(folder), 9, seed=0))["source"]) == 9
+    assert len(next(train(config(folder), 9))["source"]) == 9
     with pytest.raises(UserError, match="batch_size is 10, but the data has only 9 clips"):
-        mixture.train_iterator(config(folder), 10, seed=0)
+        train(config(folder), 10)
 
 
 # What is held out.
@@ -178,17 +192,17 @@ def test_a_robot_that_is_only_held_out_is_left_out(make_dataset):
     robots = ("arm",) * 4 + ("arm", "rare arm")  # Episodes 4 and 5 are held out.
     folder = make_dataset("rare", robots=robots, val_fraction=0.4)
     cfg = config(folder)
-    opened, notes = mixture.held_out(cfg, mixture.statistics(cfg))
+    opened, notes = held_out(cfg, Mixture(cfg).normalizers)
     assert [episodes.robots() for episodes in opened.values()] == [("arm",)]
     assert len(notes) == 1 and "val: 1 of 2 records are of ['rare arm']" in notes[0]
-    (batch,) = mixture.validation_batches(cfg, 8, 1)
+    (batch,) = validation(cfg, 8, 1)
     texts = {ByteTokenizer(48).decode(row) for row in batch["text"]}
     assert texts == {"arm; three views; task 4"}
 
     alone = make_dataset("alone", robots=("arm",) * 4 + ("rare arm",) * 2, val_fraction=0.4)
     with pytest.raises(UserError, match="nothing to validate on.*2 of 2 records are of .'rare"):
-        mixture.validation_batches(config(alone), 4, 1)
-    opened, notes = mixture.held_out(config(folder, alone), ("arm",))
+        validation(config(alone), 4, 1)
+    opened, notes = held_out(config(folder, alone), ("arm",))
     assert list(opened) == [0] and len(notes) == 2
 
 
@@ -196,4 +210,4 @@ def test_a_split_that_is_not_there(make_dataset):
     folder = make_dataset("no_val")
     with pytest.raises(UserError, match=r"no_val/1.0.0 has no split 'val' to validate on, but "
                                         r"\['train'\]: set its validation_split"):
-        mixture.validation_batches(config(folder), 4, 1)
+        validation(config(folder), 4, 1)

@@ -1,10 +1,9 @@
-"""Embeddings of texts: the folder, the command that fills it, and clips that read from it."""
+"""Embeddings of texts: the folder, and clips that read from it."""
 
 import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,14 @@ import numpy as np
 import pytest
 from synthetic import write
 
-from jaxvp.data import mixture, text_embeddings
-from jaxvp.data.mixture import DataConfig
+from jaxvp.data import text_embeddings
+from jaxvp.data.mixture import Mixture
 from jaxvp.data.observation import describe
 from jaxvp.data.rlds import Episodes
-from jaxvp.data.text import SentencePieceTokenizer
+from jaxvp.data.sources import DataConfig, clip_spec
+from jaxvp.data.spec import Window
 from jaxvp.data.text_embeddings import TextEmbeddings, add
 from jaxvp.errors import UserError
-from jaxvp.weights import umt5
-from jaxvp.weights.streaming import write_file
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def encode(texts):
@@ -69,7 +65,7 @@ def test_what_lookup_refuses(tmp_path):
         TextEmbeddings(tmp_path / "none")
     add(tmp_path, ["abc"], "e", 4, encode)
     embeddings = TextEmbeddings(tmp_path)
-    with pytest.raises(ValueError, match="no embedding of the text 'other'.*-m jaxvp.data.text_em"):
+    with pytest.raises(ValueError, match="no embedding of the text 'other'.*jaxvp.tools.embed_t"):
         embeddings.lookup("other", 8)
     with pytest.raises(ValueError, match="3 tokens, text_length is 2.*'abc'"):
         embeddings.lookup("abc", 2)
@@ -174,68 +170,12 @@ def two_splits(tmp_path_factory):
     return write(tmp_path_factory.mktemp("two_splits"), val_fraction=0.4)
 
 
-@pytest.fixture
-def flags(tmp_path):
-    """The command's flags, for a tiny encoder."""
-    pytest.importorskip("sentencepiece")
-    weights = dict(np.load(GOLDEN / "umt5.npz"))
-    del weights["tokens"], weights["output"]
-    write_file(tmp_path / "model.safetensors", {k: (v.shape, v.dtype) for k, v in weights.items()},
-               weights.get)
-    (tmp_path / "spiece.model").write_bytes(
-        np.load(GOLDEN / "umt5_tokenizer.npz")["model"].tobytes())
-    return [f"--weights={tmp_path}/model.safetensors", f"--tokenizer={tmp_path}/spiece.model",
-            f"--out={tmp_path}/out"]
-
-
-def test_command(tmp_path, two_splits, flags, monkeypatch, capsys):
-    (tmp_path / "texts").write_text("hold\nthe plate\n")
-    text_embeddings.run([*flags, f"--data={two_splits}", f"--texts={tmp_path}/texts"])
-    # Six tasks, five of which have another text from step 5 on, "", and the file's two.
-    texts = {f"test robot; three views; task {i}{more}" for i in range(6) for more in ("", " more")}
-    texts -= {"test robot; three views; task 4 more"}
-    assert "14 texts added, 14 there, D 32" in capsys.readouterr().out
-    embeddings = TextEmbeddings(tmp_path / "out")
-    assert all(text in embeddings for text in texts | {"", "hold", "the plate"})
-    assert embeddings.datasets == {Episodes(two_splits, split).digest for split in ("train", "val")}
-
-    encoder, params, _ = umt5.read(tmp_path / "model.safetensors", jnp.float32)
-    tokens = SentencePieceTokenizer(tmp_path / "spiece.model", 80).encode("the plate")
-    expected = np.asarray(encoder(params, tokens[None])[0])
-    found = embeddings.lookup("the plate", 80).astype(np.float32)
-    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
-    assert found[tokens > 0].any(-1).all() and not found[tokens == 0].any()
-
-    monkeypatch.setattr(umt5, "read", None)  # Not needed: all is there.
-    monkeypatch.setattr(text_embeddings, "texts_of", None)
-    text_embeddings.run([*flags, f"--data={two_splits}"])
-    assert "0 texts added, 14 there" in capsys.readouterr().out
-
-
-def test_text_that_is_too_long_fails_before_anything_is_encoded(tmp_path, two_splits, flags,
-                                                                monkeypatch):
-    monkeypatch.setattr(umt5, "read", None)
-    with pytest.raises(ValueError, match="tokens, the tokenizer's length is 12.*test robot"):
-        text_embeddings.run([*flags, f"--data={two_splits}", "--length=12"])
-
-
-def test_digest_is_of_the_weights_not_of_their_file(tmp_path):
-    def digest_of(name, weights):
-        write_file(tmp_path / name, {k: (v.shape, v.dtype) for k, v in weights.items()},
-                   weights.get)
-        return umt5.digest(umt5.Tensors(tmp_path / name))
-
-    weights = dict(np.load(GOLDEN / "umt5.npz"))
-    del weights["tokens"], weights["output"]
-    rounded = {k: v.astype(jnp.bfloat16) for k, v in weights.items()}
-    other = weights | {"shared.weight": weights["shared.weight"] + 1}
-    digests = [digest_of(f"{i}.safetensors", w) for i, w in enumerate((weights, rounded, other))]
-    assert digests[0] == digests[1] != digests[2]
+WINDOW = Window(fps=5, future=1, chunk=3)
 
 
 def config(folder, out, **changes):
-    values = dict(num_frames=2, fps=5, chunk=3, image_size=16, text_length=48,
-                  text_embeddings=str(out), text_width=4)
+    values = dict(window=WINDOW, image_size=16, text_length=48, text_embeddings=str(out),
+                  text_width=4)
     return DataConfig(sources=({"path": str(folder)},), **values | changes)
 
 
@@ -243,28 +183,31 @@ def test_batches_of_embedded_text(tmp_path, two_splits):
     splits = [Episodes(two_splits, split) for split in ("train", "val")]
     texts = set().union(*map(text_embeddings.texts_of, splits))
     add(tmp_path, texts, "e", 4, encode, [episodes.digest for episodes in splits])
-    data = config(two_splits, tmp_path)
-    iterator = mixture.train_iterator(data, 4, seed=0)
+    data = Mixture(config(two_splits, tmp_path))
+    iterator = data.train(WINDOW, 4, seed=0)
     batch = next(iterator)
     shape, dtype = iterator.spec.text
     assert batch["text"].shape == (4, *shape) == (4, 48, 4) and batch["text"].dtype == dtype
     lengths = (batch["text"][..., 0] > 0).sum(1)
     assert (batch["text"][:, 0, 0] == lengths).all() and set(lengths.tolist()) <= {31, 36}
     assert jax.device_put(batch)["text"].dtype == jnp.bfloat16
-    assert mixture.validation_batches(data, 2, 1)[0]["text"].shape == (2, 48, 4)
+    assert data.validation(WINDOW, 2, 1)[0]["text"].shape == (2, 48, 4)
 
 
 def test_embeddings_that_do_not_cover_the_data(tmp_path, two_splits):
     add(tmp_path, [""], "e", 4, encode)
+    train = Episodes(two_splits, "train")
+    add(tmp_path, text_embeddings.texts_of(train), "e", 4, encode)
     with pytest.raises(ValueError, match=r"lacks texts of .* train: add them with `python -m"):
-        mixture.train_iterator(config(two_splits, tmp_path), 4, seed=0)
+        Mixture(config(two_splits, tmp_path))
+    add(tmp_path, [], "e", 4, encode, [train.digest])
     with pytest.raises(ValueError, match="of width 4, data.text_width is 4096"):
-        mixture.train_iterator(config(two_splits, tmp_path, text_width=4096), 4, seed=0)
+        Mixture(config(two_splits, tmp_path, text_width=4096))
 
 
 def test_spec_of_a_config_needs_no_data():
     data = config("absent", "absent", action_size=3)
-    spec = mixture.clip_spec(data)
+    spec = clip_spec(data)
     assert spec.text == ((48, 4), np.dtype(jnp.bfloat16)) and spec.action_size == 3
-    spec = mixture.clip_spec(config("absent", ""))
+    spec = clip_spec(config("absent", ""))
     assert spec.text == ((48,), np.dtype(np.int32)) and spec.text_width == 0

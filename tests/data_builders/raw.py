@@ -8,8 +8,10 @@ import numpy as np
 
 from data_builders import writer
 from data_builders.builder import Builder
-from jaxvp.data import mixture, rlds
+from jaxvp.data import rlds, statistics
 from jaxvp.data.clips import Clips
+from jaxvp.data.sources import DataConfig, clip_spec
+from jaxvp.data.spec import Window
 
 
 def picture(step: int, view: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -67,27 +69,28 @@ def convert(builder: Builder, out: Path) -> tuple[Path, writer.Report]:
     """Builds a dataset in this process: (its version folder, the report)."""
     items = builder.items()
     folder = writer.open_folder(builder, items, out)
-    shards = writer.plan_shards(builder, items)
+    shards = writer.make_shards(builder, items)
     for shard in shards:
         writer.write_shard(builder, shard, folder)
     duplicates = len(items) - sum(len(shard.items) for shard in shards)
     return writer.finish(builder, shards, folder, duplicates)
 
 
-def clips(folder: Path, cameras: tuple[str, ...], fps: float, num_frames: int = 4, chunk: int = 3,
+def clips(folder: Path, cameras: tuple[str, ...], fps: float, frames: int = 4, chunk: int = 3,
           split: str = "train", image_size: int = 64) -> Clips:
-    """Clips of a dataset as training reads them, actions and states normalised to [-1, 1]."""
-    source = {"path": str(folder), "split": split}
-    config = mixture.DataConfig(
-        sources=(source,), num_frames=num_frames, fps=fps, chunk=chunk, image_size=image_size,
-        cameras=cameras, layout="single")
-    normalizers = mixture.statistics(config)
-    return Clips(rlds.Episodes(folder, split), mixture.clip_spec(config, normalizers), source=0,
+    """Clips of a dataset as training reads them, whose first frame is now."""
+    config = DataConfig(
+        sources=({"path": str(folder), "split": split},), image_size=image_size, cameras=cameras,
+        window=Window(fps=fps, future=frames - 1, chunk=chunk), layout="single")
+    episodes = rlds.Episodes(folder, split)
+    normalizers = statistics.of_sources(config.normalization, [episodes])
+    return Clips(episodes, clip_spec(config, normalizers), source=0, layout=config.layout,
                  normalizers=normalizers)
 
 
 def physical(clips: Clips, clip: dict, column: str) -> np.ndarray:
-    """"action" or "state" of a clip in the units of the dataset."""
+    """The actions [P, A] or the state [S] of a clip in the units of the dataset."""
     (normalizer,) = clips.normalizers.values()
     size = len(getattr(normalizer, column).names)
-    return normalizer.unnormalize(column, clip[column][..., :size])
+    values = normalizer.unnormalize(column, clip[column][:, :size])
+    return values if column == "action" else values[0]

@@ -97,7 +97,7 @@ def test_segments_are_read_back_as_clips(tmp_path):
     folder, report = raw.convert(agibot(root), tmp_path / "out")
     assert (report.items, report.kept, report.steps) == (1, 2, 10)
     assert report.skipped == {"no instruction": 2}, "before the first segment, after the last"
-    clips = raw.clips(folder, ("head", "left_wrist", "right_wrist"), fps=15, num_frames=2, chunk=2)
+    clips = raw.clips(folder, ("head", "left_wrist", "right_wrist"), fps=15, frames=2, chunk=2)
     episodes = clips.episodes
     assert [episodes.text("episode_id", i) for i in (0, 1)] == ["327/648649/0", "327/648649/1"]
     assert list(episodes.robots()) == ["AgiBot G1 with two arms, grippers and wheels"]

@@ -61,7 +61,7 @@ def test_fields_are_found_by_name_and_segments_become_instructions(tmp_path):
     builder = Builder(raw=str(tmp_path / "raw"), image_size=64, val_fraction=0.0)
     folder, report = raw.convert(builder, tmp_path / "out")
     assert (report.kept, report.steps, report.unreadable) == (2, 14, [])
-    clips = raw.clips(folder, ("top_head", "hand_left", "hand_right"), fps=10, num_frames=1)
+    clips = raw.clips(folder, ("top_head", "hand_left", "hand_right"), fps=10, frames=1)
     episodes = clips.episodes
     assert list(episodes.robots()) == ["AgiBot G2 with two arms, grippers and wheels"]
     assert episodes.text("camera_layout", 0) == "top_head,hand_left,hand_right"

@@ -70,7 +70,7 @@ def test_real_episodes_are_read_back_as_clips(tmp_path, compress):
     assert [item.rsplit("_", 1)[1] for item in builder.items()] == ["2.hdf5", "10.hdf5"]
     made, report = raw.convert(builder, tmp_path / "out")
     assert (report.kept, report.steps, report.notes) == (2, 12, {})
-    clips = raw.clips(made, MOBILE, fps=25, num_frames=2, chunk=2)
+    clips = raw.clips(made, MOBILE, fps=25, frames=2, chunk=2)
     episodes = clips.episodes
     assert list(episodes.robots()) == ["mobile ALOHA with two ViperX arms"]
     assert episodes.text("camera_text", 0) == "cameras high, left wrist, right wrist"

@@ -259,7 +259,7 @@ def test_full_disk(good, monkeypatch):
     for name in "23456":
         write(good / name)
     arm, out = Arm(raw=str(good)), good.parent / "out"
-    shards = writer.plan_shards(arm, arm.items())
+    shards = writer.make_shards(arm, arm.items())
     assert len(shards) == 2
     folder = writer.open_folder(arm, arm.items(), out)
     writer.write_shard(arm, shards[0], folder)
@@ -271,7 +271,7 @@ def test_full_disk(good, monkeypatch):
         with pytest.raises(writer.WriteError, match=message):
             writer.write_shard(arm, shards[1], folder)
     assert sorted(path.name for path in (folder / "shards").iterdir()) == [
-        "plan.json", "train-00000", "train-00000.json"]
+        "recipe.json", "train-00000", "train-00000.json"]
     assert [path.name for path in out.iterdir()] == ["1.0.0.incomplete"]
     final, report = build.build(arm, arm.items(), out, num_workers=1)
     assert report.kept == 7 and len(rlds.Episodes(final, "train")) == 7
@@ -281,7 +281,7 @@ def test_full_disk(good, monkeypatch):
 def test_a_report_is_written_only_for_a_file_that_is_there(good, monkeypatch):
     arm = Arm(raw=str(good))
     folder = writer.open_folder(arm, arm.items(), good.parent / "out")
-    (shard,) = writer.plan_shards(arm, arm.items())
+    (shard,) = writer.make_shards(arm, arm.items())
     replace = os.replace
 
     def full(source, target):
@@ -292,7 +292,7 @@ def test_a_report_is_written_only_for_a_file_that_is_there(good, monkeypatch):
     monkeypatch.setattr(writer.os, "replace", full)
     with pytest.raises(writer.WriteError, match="cannot be written: .*quota exceeded"):
         writer.write_shard(arm, shard, folder)
-    assert [path.name for path in (folder / "shards").iterdir()] == ["plan.json"]
+    assert [path.name for path in (folder / "shards").iterdir()] == ["recipe.json"]
 
 
 def test_full_disk_at_the_end(good, monkeypatch):
@@ -315,7 +315,7 @@ def test_the_real_writer_notices_a_full_disk(good):
     """By a limit on the size of files, whose error comes by the same way."""
     arm = Arm(raw=str(good))
     folder = writer.open_folder(arm, arm.items(), good.parent / "out")
-    (shard,) = writer.plan_shards(arm, arm.items())
+    (shard,) = writer.make_shards(arm, arm.items())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:

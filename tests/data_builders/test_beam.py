@@ -32,7 +32,7 @@ def test_finished_shards_are_not_built_again(tmp_path):
 
     builder = Toy()
     folder = writer.open_folder(builder, builder.items(), tmp_path)
-    for shard in writer.plan_shards(builder, builder.items()):
+    for shard in writer.make_shards(builder, builder.items()):
         if shard.items[0] < 6:
             writer.write_shard(builder, shard, folder)
     _, report = build.build(Late(), builder.items(), tmp_path, beam_flags=FLAGS)

@@ -74,12 +74,12 @@ def test_a_build_killed_before_its_last_step_is_finished_by_the_next(tmp_path, m
 def test_shards_of_an_unknown_build_are_refused(tmp_path):
     builder, out = Toy(), tmp_path / "out"
     folder = writer.open_folder(builder, builder.items(), out)
-    (shard, *_) = writer.plan_shards(builder, builder.items())
-    (folder / "shards" / "plan.json").unlink()
+    (shard, *_) = writer.make_shards(builder, builder.items())
+    (folder / "shards" / "recipe.json").unlink()
     assert writer.open_folder(builder, builder.items(), out) == folder  # There was nothing.
     writer.write_shard(builder, shard, folder)
-    (folder / "shards" / "plan.json").unlink()
-    with pytest.raises(UserError, match="holds shards, but no plan.json that says of which build"):
+    (folder / "shards" / "recipe.json").unlink()
+    with pytest.raises(UserError, match="holds shards, but no recipe.json that says of which"):
         writer.open_folder(builder, builder.items(), out)
 
 
@@ -92,7 +92,7 @@ def test_a_killed_build_continues_with_the_missing_shards(tmp_path):
     with pytest.raises(UserError, match="an unfinished build"):
         rlds.version_folder(out)
     finished = sorted((out / "1.0.0.incomplete" / "shards").glob("*.json"))
-    names = [path.stem for path in finished if path.stem != "plan"]
+    names = [path.stem for path in finished if path.stem != "recipe"]
     assert names == ["train-00000"]
     with pytest.raises(UserError, match="other options or items"):
         writer.open_folder(dataclasses.replace(builder, size=9), builder.items(), out)
@@ -125,11 +125,11 @@ def test_what_is_wrong_with_the_code_or_the_machine_stops_the_build(tmp_path, ki
 
     builder = Broken()
     folder = writer.open_folder(builder, [0], tmp_path)
-    (shard,) = writer.plan_shards(builder, [0])
+    (shard,) = writer.make_shards(builder, [0])
     with pytest.raises(kind, match="not the item") as stop:
         writer.write_shard(builder, shard, folder)
     assert stop.value.__notes__ == ["The item was 0."]
-    assert [path.name for path in (folder / "shards").iterdir()] == ["plan.json"]
+    assert [path.name for path in (folder / "shards").iterdir()] == ["recipe.json"]
 
 
 @pytest.mark.parametrize("kind", [TypeError, IndexError, AttributeError, ZeroDivisionError,
@@ -144,7 +144,7 @@ def test_whatever_is_wrong_with_an_item_is_counted(tmp_path, kind):
 
     builder = Odd()
     folder = writer.open_folder(builder, [0, 1], tmp_path)
-    (shard,) = writer.plan_shards(builder, [0, 1])
+    (shard,) = writer.make_shards(builder, [0, 1])
     report = writer.write_shard(builder, shard, folder)
     assert report.kept == 1
     assert report.unreadable == [{"item": "1", "error": f"{kind.__name__}: odd"}]
@@ -159,7 +159,7 @@ def test_options_come_from_the_command_line(toy):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["toy", "--out=x", "--sise=3"], "unknown --sise=3: did you mean --size?"),
+        (["toy", "--out=x", "--sise=3"], "unknown --sise=3. Did you mean --size?"),
         (["toy"], "--out is missing"),
         (["toy", "--out=x", "--num_workers=0"], "--num_workers must be at least 1, found 0"),
         (["toy", "--out=x", "--size=big"], "argument --size: invalid int value: 'big'"),
@@ -299,13 +299,13 @@ def test_left_overs_of_killed_workers_are_removed(tmp_path):
     folder = writer.open_folder(builder, builder.items(), tmp_path)
     (folder / "shards" / "train-00000.abc.partial").write_bytes(b"half")
     writer.open_folder(builder, builder.items(), tmp_path)
-    assert [path.name for path in (folder / "shards").iterdir()] == ["plan.json"]
+    assert [path.name for path in (folder / "shards").iterdir()] == ["recipe.json"]
 
 
 def test_progress_counts_items_and_episodes(tmp_path):
     builder = Toy()
     folder = writer.open_folder(builder, builder.items(), tmp_path)
-    shard = writer.plan_shards(builder, builder.items())[1]
+    shard = writer.make_shards(builder, builder.items())[1]
     seen = []
     writer.write_shard(builder, shard, folder,
                        lambda report: seen.append((report.items, report.kept)))

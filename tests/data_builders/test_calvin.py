@@ -68,7 +68,7 @@ def calvin(folder, **options):
 def test_annotated_parts_are_read_back_as_clips(shared, tmp_path):
     out, report = raw.convert(calvin(shared), tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (4, 24, {}, [])
-    clips = raw.clips(out, tuple(CAMERAS), fps=15, num_frames=3, chunk=3)
+    clips = raw.clips(out, tuple(CAMERAS), fps=15, frames=3, chunk=3)
     episodes = clips.episodes
     assert [episodes.text("episode_id", i) for i in range(3)] == [
         "training/0000003-0000011/lift the red block", "training/0000010-0000016/open the drawer",

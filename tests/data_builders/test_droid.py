@@ -127,7 +127,7 @@ def test_names_are_those_of_the_rlds_release():
 def test_motion_adds_up_over_steps_that_are_left_out(builder, tmp_path):
     slow = dataclasses.replace(builder, fps=5.0, cameras=("wrist",))
     folder, _ = raw.convert(slow, tmp_path / "out")
-    clips = raw.clips(folder, ("wrist",), fps=5, num_frames=2, chunk=4)
+    clips = raw.clips(folder, ("wrist",), fps=5, frames=2, chunk=4)
     assert [raw.seen(frame) for frame in clips[1]["video"][0]] == [(3, 0), (6, 0)]
     actions = raw.physical(clips, clips[0], "action")
     parts = [expected(slice(start, start + 3)) for start in (0, 3, 6, 9)]

@@ -103,7 +103,7 @@ def test_hands_are_in_the_frame_of_the_camera(builder, tmp_path):
 
 def test_the_action_is_the_next_step_that_is_kept(builder, tmp_path):
     folder, _ = raw.convert(dataclasses.replace(builder, fps=10.0), tmp_path / "out")
-    clips = raw.clips(folder, ("head",), fps=10, num_frames=2, chunk=2)
+    clips = raw.clips(folder, ("head",), fps=10, frames=2, chunk=2)
     assert clips.episodes.lengths.tolist() == [4]
     assert [raw.seen(frame)[0] for frame in clips[1]["video"][0]] == [3, 6]
     actions = raw.physical(clips, clips[1], "action")

@@ -43,7 +43,7 @@ def test_a_dataset_is_read_back_as_clips(tmp_path, version, codec):
     assert builder.name == "lerobot_raw"
     folder, report = raw.convert(builder, tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (3, 21, {}, [])
-    clips = raw.clips(folder, ("top", "wrist"), fps=5, num_frames=2, chunk=2)
+    clips = raw.clips(folder, ("top", "wrist"), fps=5, frames=2, chunk=2)
     episodes = clips.episodes
     assert episodes.names["action"] == tuple(NAMES) == episodes.names["state"]
     assert episodes.units["state"] == ("", "", "", "0 closed .. 1 open")

@@ -50,7 +50,7 @@ def test_an_episode_is_read_back_as_clips(tmp_path):
     write(tmp_path / "raw" / "cup_on_plate")
     out, report = raw.convert(rdt(tmp_path / "raw"), tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (1, 16, {}, [])
-    clips = raw.clips(out, tuple(CAMERAS), fps=12.5, num_frames=3, chunk=2)
+    clips = raw.clips(out, tuple(CAMERAS), fps=12.5, frames=3, chunk=2)
     assert clips.episodes.fps[0] == 25 and clips.episodes.has_action[0]
     assert clips.episodes.text("episode_id", 0) == "cup_on_plate/episode_0"
     clip = clips[2]

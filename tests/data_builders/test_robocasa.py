@@ -102,7 +102,7 @@ def test_both_forms_are_read_back_as_clips(tmp_path, form):
         write_lerobot(folder / "lerobot")
     out, report = raw.convert(robocasa(tmp_path / "raw"), tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (1, 12, {}, [])
-    clips = raw.clips(out, CAMERAS, fps=10, num_frames=3, chunk=2)
+    clips = raw.clips(out, CAMERAS, fps=10, frames=3, chunk=2)
     assert clips.episodes.fps[0] == 20 and clips.episodes.robots() == (
         "mobile Panda arm of RoboCasa, end-effector deltas",)
     assert clips.episodes.names["action"][6] == "gripper"

@@ -106,7 +106,7 @@ def test_franka_is_read_back_as_clips(folder, tmp_path):
     write(folder, "franka_3rgb", "1014_144642", task="10_packplate", part="val/")
     out, report = raw.convert(robomind(folder), tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (2, 22, {}, [])
-    clips = raw.clips(out, FRANKA, fps=15, num_frames=3, chunk=2)
+    clips = raw.clips(out, FRANKA, fps=15, frames=3, chunk=2)
     assert len(clips.episodes) == 1, "the official validation episode is in val"
     assert clips.episodes.fps[0] == 30 and clips.episodes.has_action[0]
     assert clips.episodes.text("camera_layout", 0) == ",".join(FRANKA)

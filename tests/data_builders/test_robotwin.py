@@ -76,7 +76,7 @@ def test_both_layouts_are_read_back_as_clips(tmp_path, write):
     write(tmp_path / "raw")
     out, report = raw.convert(robotwin(tmp_path / "raw"), tmp_path / "out")
     assert (report.kept, report.steps, report.notes, report.unreadable) == (1, 11, {}, [])
-    clips = raw.clips(out, tuple(CAMERAS), fps=250 / 30, num_frames=3, chunk=2)
+    clips = raw.clips(out, tuple(CAMERAS), fps=250 / 30, frames=3, chunk=2)
     assert clips.episodes.fps[0] == pytest.approx(250 / 15)
     assert clips.episodes.text("dataset", 0) == "robotwin_agilex"
     clip = clips[4]

@@ -95,5 +95,5 @@ def test_tasks():
         Builder(tasks=("lift_trey",)).items()
     with pytest.raises(ValueError, match="--tasks is empty"):
         Builder(tasks=()).items()
-    with pytest.raises(ValueError, match="background 'sene' does not exist: did you mean 'seen'"):
+    with pytest.raises(ValueError, match="background 'sene' does not exist. Did you mean 'seen'"):
         Builder(background="sene").items()

@@ -134,9 +134,9 @@ def test_one_hand_cannot_lift_the_tray_and_slips():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"task": "red_on_plat"}, "did you mean 'red_on_plate'"),
-        ({"task": "lift_tray", "background": "sen"}, "did you mean 'seen'"),
-        ({"task": "lift_tray", "distractors": "many"}, "choose from none, seen, unseen"),
+        ({"task": "red_on_plat"}, "Did you mean 'red_on_plate'"),
+        ({"task": "lift_tray", "background": "sen"}, "Did you mean 'seen'"),
+        ({"task": "lift_tray", "distractors": "many"}, "Choose from none, seen, unseen"),
         ({"task": "lift_tray", "render_mode": "human"}, "render mode 'human'"),
         ({"task": "lift_tray", "image_size": 4}, "at least 16"),
     ],
@@ -152,7 +152,7 @@ def test_bad_action(action):
     env.reset(seed=0)
     with pytest.raises(ValueError, match="8 finite numbers"):
         env.step(action)
-    with pytest.raises(ValueError, match="camera 'hed' does not exist: did you mean 'head'"):
+    with pytest.raises(ValueError, match="camera 'hed' does not exist. Did you mean 'head'"):
         env.flow("hed")
 
 

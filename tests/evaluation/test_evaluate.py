@@ -17,6 +17,7 @@ from jaxvp.data import observation, text_embeddings
 from jaxvp.envs import tabletop
 from jaxvp.errors import UserError
 from jaxvp.evaluate import Settings
+from jaxvp.evaluation import suites
 from jaxvp.policy import bundle as policy_bundle
 from jaxvp.video import read_video
 
@@ -43,8 +44,8 @@ def command(*flags):
 
 
 def run(**settings):
-    plan = evaluate.make_plan(Settings(**settings))
-    return evaluate.evaluate(plan, plan.make_policy(), rich.console.Console(quiet=True))
+    prepared = evaluate.prepare(Settings(**settings))
+    return evaluate.evaluate(prepared, prepared.make_policy(), rich.console.Console(quiet=True))
 
 
 def test_command(bundle, tmp_path):
@@ -95,7 +96,7 @@ def test_dry_run(bundle):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--suite=tabletopp"], "--suite: there is no 'tabletopp'; did you mean 'tabletop'?"),
+    (["--suite=tabletopp"], "--suite: there is no 'tabletopp'. Did you mean 'tabletop'?"),
     (["--trails=10"], "Unknown command line flag 'trails'. Did you mean: trials"),
 ])
 def test_command_says_what_is_wrong(flags, message):
@@ -105,7 +106,7 @@ def test_command_says_what_is_wrong(flags, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"policy": "experts"}, "--policy: there is no 'experts'; did you mean 'expert'"),
+    ({"policy": "experts"}, "--policy: there is no 'experts'. Did you mean 'expert'"),
     ({"policy": "bundle"}, "--bundle=DIR is missing"),
     ({"bundle": "nowhere", "policy": "bundle"}, "nowhere is not a policy bundle"),
     ({"bundle": "nowhere"}, "--policy=expert does not use --bundle=nowhere"),
@@ -114,18 +115,19 @@ def test_command_says_what_is_wrong(flags, message):
     ({"num_envs": 0}, "--num_envs must be at least 1"),
     ({"videos": -1}, "--videos must be at least 0"),
     ({"tasks": ["2"]}, "no task 2, the numbers are 0 to 1"),
-    ({"tasks": ["lift_trai"]}, "--tasks: there is no 'lift_trai'; did you mean 'lift_tray'"),
+    ({"tasks": ["lift_trai"]}, "--tasks: there is no 'lift_trai'. Did you mean 'lift_tray'"),
     ({"tasks": ["-1"]}, "--tasks: there is no '-1'"),
+    ({"suite_flags": {"libero_assets": "x"}}, "--suite=tabletop does not use --libero_assets."),
 ])
 def test_wrong_settings(settings, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
-        evaluate.make_plan(Settings(**{"policy": "expert", "out": str(tmp_path), **settings}))
+        evaluate.prepare(Settings(**{"policy": "expert", "out": str(tmp_path), **settings}))
 
 
 def test_rates_are_the_same_within_a_tolerance(tmp_path):
     """A rate came through float32, or is 30000/1001 here and 29.97 there."""
     policy_bundle.seal(tmp_path, toy_bundle.manifest(fps=10.00001))
-    evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
+    evaluate.prepare(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -135,13 +137,13 @@ def test_rates_are_the_same_within_a_tolerance(tmp_path):
     ({"cameras": ["front", None, None]}, "cameras that are absent: .*front"),
     ({"action": {**toy_bundle.statistics(), "units": ["mm"] * 8}}, "actions: .*left_x \\[mm\\]"),
     ({"state": {**toy_bundle.statistics(), "names": list("abcdefgh")}}, "state: .*'a \\[m\\]'"),
-    ({"text_length": 8}, "raise text_length"),
+    ({"spec": toy_bundle.spec(text_length=8)}, "raise text_length"),
     ({"protocol": {"rotation": "180"}}, "protocol.rotation does not exist.*: image_size"),
 ])
 def test_bundle_of_something_else(tmp_path, changes, message):
     policy_bundle.seal(tmp_path, toy_bundle.manifest(**changes))
     with pytest.raises(ValueError, match=message):
-        evaluate.make_plan(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
+        evaluate.prepare(Settings(bundle=str(tmp_path), out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("texts, tokens, length, message", [
@@ -151,24 +153,25 @@ def test_bundle_of_something_else(tmp_path, changes, message):
     (0, 20, 512, "no embedding of 2 of the 2 texts of --suite=tabletop, such as .*lift the tray"),
 ])
 def test_embedded_texts_are_looked_up(tmp_path, texts, tokens, length, message):
-    suite = evaluate.make_suite(Settings(), {})
+    suite = suites.make("tabletop", {}, {})
     said = [observation.describe(tabletop.ROBOT, tabletop.CAMERA_TEXT, suite.instruction(task))
             for task in suite.protocol.tasks]
     text_embeddings.add(tmp_path / "text_embeddings", ["", *said * texts], "encoder", 4,
                         lambda texts: [np.ones((tokens, 4), np.float32)] * len(texts))
-    policy_bundle.seal(tmp_path, toy_bundle.manifest(text_width=4, text_length=length))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(
+        spec=toy_bundle.spec(text_width=4, text_length=length)))
     settings = Settings(bundle=str(tmp_path), dry_run=True)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        evaluate.make_plan(settings)
+        evaluate.prepare(settings)
 
 
 def test_damaged_embeddings(tmp_path):
     text_embeddings.add(tmp_path / "text_embeddings", [""], "encoder", 4,
                         lambda texts: [np.ones((3, 4), np.float32)] * len(texts))
-    policy_bundle.seal(tmp_path, toy_bundle.manifest(text_width=4))
+    policy_bundle.seal(tmp_path, toy_bundle.manifest(spec=toy_bundle.spec(text_width=4)))
     (tmp_path / "text_embeddings" / "index.json").write_text("{")
     with pytest.raises(UserError, match="index.json is damaged"):
-        evaluate.make_plan(Settings(bundle=str(tmp_path), dry_run=True))
+        evaluate.prepare(Settings(bundle=str(tmp_path), dry_run=True))
 
 
 def test_names_that_look_like_markup(bundle, tmp_path):
@@ -200,7 +203,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 def test_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="holds another result"):
-        evaluate.make_plan(Settings(policy="expert", out=str(tmp_path)))
+        evaluate.prepare(Settings(policy="expert", out=str(tmp_path)))
 
 
 def test_tasks_keep_the_order_of_the_suite():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxvp.evaluation.tabletop import TabletopSuite
+from jaxvp.evaluation.suites.tabletop import TabletopSuite
 
 
 def test_protocol_is_json():

@@ -9,7 +9,7 @@ import pytest
 
 from jaxvp.evaluation import report
 from jaxvp.evaluation.rollout import Episode
-from jaxvp.evaluation.tabletop import TabletopSuite
+from jaxvp.evaluation.suites.tabletop import TabletopSuite
 from jaxvp.video import read_video
 
 

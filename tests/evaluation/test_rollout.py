@@ -52,19 +52,24 @@ class Suite:
 
 
 class Chunks:
-    """Plans `size` actions of 1, and notes what it sees."""
+    """Gives `size` actions of 1, and notes what it is told, and what was seen when it acts."""
 
     latencies = ()
 
     def __init__(self, size, initial=None):
-        self.size, self.initial, self.seen = size, initial, []
+        self.size, self.initial, self.seen, self.told, self.now = size, initial, [], [], {}
 
     def reset(self, slot, task, trial, env):
+        self.told.append((slot, "reset"))
         return self.initial
 
-    def plan(self, observations):
-        self.seen.append({slot: float(o["state"][0]) for slot, o in observations.items()})
-        return {slot: np.ones((self.size, 1), np.float32) for slot in observations}
+    def observe(self, slot, observation, action):
+        self.now[slot] = float(observation["state"][0])
+        self.told.append((slot, self.now[slot], None if action is None else float(action[0])))
+
+    def act(self, slots):
+        self.seen.append({slot: self.now[slot] for slot in slots})
+        return {slot: np.ones((self.size, 1), np.float32) for slot in slots}
 
 
 def run(policy, num_envs=1, num_videos=0, **changes):
@@ -80,6 +85,14 @@ def test_receding_horizon():
     episodes, _ = run(policy, tasks=("b",), trials=1)
     assert policy.seen == [{0: 0.0}, {0: 4.0}]  # It looks again after 4 of the 6 steps.
     assert episodes == [Episode("b", 0, True, 6, [])]
+
+
+def test_every_observation_is_told_with_the_action_before_it():
+    policy = Chunks(2)
+    run(policy, tasks=("a",), trials=2)
+    assert policy.told == [
+        (0, "reset"), (0, 0.0, None), (0, 1.0, 1.0), (0, 2.0, 1.0), (0, 3.0, 1.0),
+        (0, "reset"), (0, -1.0, None), (0, 0.0, 1.0), (0, 1.0, 1.0), (0, 2.0, 1.0), (0, 3.0, 1.0)]
 
 
 def test_success_ends_a_chunk_early():
@@ -128,7 +141,7 @@ def test_environments_share_a_call():
 
 def test_environments_are_closed_after_an_error():
     suite, policy = Suite(), Chunks(1)
-    policy.plan = lambda observations: 1 / 0
+    policy.act = lambda slots: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(rollouts(suite, PROTOCOL, policy, num_envs=3))
     assert len(suite.made) == 3 and all(env.closed for env in suite.made)

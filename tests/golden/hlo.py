@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import chips, sharding
+from jaxvp import sharding
+from jaxvp.plan import chips
 
 LAYERS, BATCH, TOKENS, WIDTH, HEADS, HIDDEN = 3, 64, 128, 256, 2, 1024
 

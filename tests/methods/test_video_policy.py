@@ -1,341 +1,222 @@
 import dataclasses
-import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_method import (
+    HEAD,
+    PAST,
+    SPEC,
+    VIDEO,
+    keys,
+    loss_and_gradient,
+    make_clip,
+    observation_of,
+    parameters,
+    predict,
+    size,
+    start,
+)
 
-from configs import pretrain
-from jaxvp.config import build
-from jaxvp.data import text_embeddings
-from jaxvp.data.clips import ClipSpec
-from jaxvp.methods import base, video_policy
+from jaxvp.methods import base
 from jaxvp.methods.video_policy import VideoPolicy
-from jaxvp.models.transformer import VideoTransformer
-from jaxvp.models.wan_vae import WanVAE
-from jaxvp.weights import streaming
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-SPEC = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=3, fps=2.0, chunk=4,
-                height=16, width=16, text_length=16, action_size=2, state_size=2)
-SIZES = dict(video=dict(width=16, layers=2, heads=2, ffn=32), text=dict(width=8, heads=2),
-             head=dict(width=16, layers=1, heads=2), taps=(0, 1), video_steps=2, action_steps=2)
-METHOD = VideoPolicy(spec=SPEC, layout="bimanual", **SIZES)
-SHARED = dataclasses.replace(METHOD, features="shared", prediction="velocity", sampler="heun",
-                             guidance=2.0)
+METHOD = VideoPolicy(spec=SPEC, layout="bimanual", video=VIDEO, head=HEAD, taps=(0, 1))
+# Two observed frames and two past actions; a sampler of second order, and guidance.
+PAST_SPEC = dataclasses.replace(SPEC, window=PAST)
+OTHER = dataclasses.replace(METHOD, spec=PAST_SPEC, video={
+    **VIDEO, "prediction": "velocity", "sampler": "heun", "guidance": 2.0})
+LOSSES = {"video": {"video_loss"}, "action": {"action_loss"},
+          "joint": {"video_loss", "action_loss"}}
 
 
-def make_clip(batch=2):
-    rng = np.random.default_rng(0)
-    return {
-        "video": rng.integers(0, 256, (batch, 3, 3, 16, 16, 3), np.uint8),
-        "view_mask": np.ones((batch, 3), bool),
-        "frame_mask": np.ones((batch, 3), bool),
-        "text": rng.integers(1, 256, (batch, 16)).astype(np.int32),
-        "action": rng.uniform(-1, 1, (batch, 4, 2)).astype(np.float32),
-        "action_mask": np.ones((batch, 4, 2), bool),
-        "state": rng.uniform(-1, 1, (batch, 2)).astype(np.float32),
-        "state_mask": np.ones((batch, 2), bool),
-    }
+def narrowed(clip, spec, window):
+    """The clip as a stage sees it, of a window that has the same past."""
+    arrays = spec.narrow(window).arrays
+    cut = {name: value for name, value in clip.items() if name in arrays}
+    return cut | {name: cut[name][(slice(None), *map(slice, shape))]
+                  for name, (shape, _) in arrays.items()}
 
 
-def observation_of(clip):
-    keys = ("view_mask", "text", "state", "state_mask")
-    return {"video": clip["video"][:, :, :1], **{k: clip[k] for k in keys}}
+def test_every_stage_owns_its_parts():
+    stages = METHOD.stages
+    assert {name: (set(s.trains), set(s.reads)) for name, s in stages.items()} == {
+        "video": ({"video", "text"}, {"codec"}),
+        "action": ({"action"}, {"video", "text", "codec"}),
+        "joint": ({"video", "text", "action"}, {"codec"})}
+    assert stages["video"].window == dataclasses.replace(SPEC.window, chunk=0)
+    assert stages["action"].window == stages["joint"].window == SPEC.window
+    embedded = dataclasses.replace(
+        METHOD, spec=dataclasses.replace(SPEC, text_width=8),
+        video={k: v for k, v in VIDEO.items() if k != "text"}).stages["joint"]
+    assert embedded.trains == ("video", "action") and embedded.reads == ("text", "codec")
 
 
-@functools.cache
-def parameters(method):
-    """Random everywhere, the output layers (zero at first) too."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
-                        jax.eval_shape(method.init, jax.random.key(0)))
-
-
-@functools.cache
-def start():
-    return jax.jit(METHOD.init)(jax.random.key(0))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def loss_and_gradient(method, stage, params, clip, key):
-    keys = jax.random.split(key, len(clip["text"]))
-    return jax.value_and_grad(lambda p: method.loss(p, clip, keys, stage), has_aux=True)(params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def act(method, params, observation, keys):
-    return method.act(params, observation, keys)
-
-
-def size(tree):
-    return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize("method", [METHOD, SHARED], ids=["noise", "shared"])
-def test_action_loss_never_reaches_the_video_transformer(method):
-    _, grads = loss_and_gradient(
-        method, "action", parameters(method), make_clip(), jax.random.key(2))
-    assert size(grads["video"]) == 0 and size(grads["text"]) == 0 and size(grads["action"]) > 0
-
-
-def test_video_stage_trains_video_and_text_only():
-    _, grads = loss_and_gradient(
-        METHOD, "video", parameters(METHOD), make_clip(), jax.random.key(2))
-    assert size(grads["video"]) > 0 and size(grads["text"]) > 0 and size(grads["action"]) == 0
-
-
-def test_joint_trains_everything_and_adds_the_losses():
-    (total, metrics), grads = loss_and_gradient(
-        METHOD, "joint", parameters(METHOD), make_clip(), jax.random.key(2))
-    assert all(size(grads[part]) > 0 for part in ("video", "text", "action"))
+@pytest.mark.parametrize("stage", LOSSES)
+def test_a_stage_reaches_what_it_trains(stage):
+    """And nothing else: of the action stage no gradient reaches the video transformer."""
+    parts = METHOD.stages[stage]
+    params = {part: parameters(METHOD)[part] for part in parts.parts}
+    clip = narrowed(make_clip(), SPEC, parts.window)
+    (total, metrics), grads = loss_and_gradient(METHOD, stage, params, clip, keys(2))
+    assert {part for part in grads if size(grads[part])} == set(parts.trains)
+    assert set(metrics) == LOSSES[stage]
     assert total == pytest.approx(float(sum(metrics.values())))
-    assert set(metrics) == {"video_loss", "action_loss"}
 
 
-def test_frozen_names_what_a_stage_leaves_alone():
-    assert METHOD.frozen("joint") == ()
-    assert METHOD.frozen("action") == ("text/.*", "video/.*")
-    with pytest.raises(ValueError, match="video_policy has stages"):
-        METHOD.frozen("vidoe")
+def test_a_loss_does_not_depend_on_the_batch():
+    """That of two clips is the mean of those of each."""
+    clip, both = make_clip(OTHER.spec), keys(3)
+    (_, together), _ = loss_and_gradient(OTHER, "joint", parameters(OTHER), clip, both)
+    alone = [loss_and_gradient(OTHER, "joint", parameters(OTHER), {
+        name: value[row:][:1] for name, value in clip.items()}, both[row:][:1])[0][1]
+        for row in (0, 1)]
+    for name, value in together.items():
+        assert value == pytest.approx(float(alone[0][name] + alone[1][name]) / 2, rel=1e-5)
+        assert abs(alone[0][name] - alone[1][name]) > 1e-3
 
 
 def test_masked_frames_and_actions_do_not_count():
-    clip, key = make_clip(), jax.random.key(3)
-    clip["frame_mask"][:, 2:] = False
-    clip["action_mask"][:, 2:] = False
+    """The predictions for what counts see the noisy rest, but not at initialisation, where they do
+    not depend on the input at all."""
+    clip, past = make_clip(OTHER.spec), PAST.past_actions
+    clip["frame_mask"][:, 3:] = False
+    clip["action_mask"][:, past + 2:] = False
 
     def losses():
-        # The predictions for what counts see the noisy rest, but not at initialisation, where
-        # they do not depend on the input at all.
-        return loss_and_gradient(METHOD, "joint", start(), clip, key)[0][1]
+        return loss_and_gradient(OTHER, "joint", start(OTHER), clip, keys(3))[0][1]
 
     before = losses()
-    clip["video"][:, :, 2] = 255 - clip["video"][:, :, 2]
-    clip["action"][:, 2:] *= -1
+    clip["video"][:, :, 3] = 255 - clip["video"][:, :, 3]
+    clip["action"][:, past + 2:] *= -1
+    clip["action"][:, :past] *= -1  # What was done before is not predicted.
+    clip["action_mask"][:, :past] = False
     after = losses()
     for name in ("video_loss", "action_loss"):
         assert before[name] == pytest.approx(float(after[name]), rel=1e-5) and before[name] > 0
-    clip["video"][:, :, 1] = 255 - clip["video"][:, :, 1]
-    clip["action"][:, :2] += 0.5
+    clip["video"][:, :, 2] = 255 - clip["video"][:, :, 2]
+    clip["action"][:, past:past + 2] += 0.5
     changed = losses()
     for name in ("video_loss", "action_loss"):
         assert abs(changed[name] - after[name]) > 1e-3
 
 
-def test_residual_prediction_starts_as_the_copy_of_the_first_frame():
-    observation = observation_of(make_clip())
-    method = dataclasses.replace(METHOD, video_steps=8)
-    video = jax.jit(method.imagine)(start(), observation, jax.random.split(jax.random.key(5), 2))
-    assert video.shape == (2, 3, 24, 16, 3) and video.dtype == jnp.uint8
-    np.testing.assert_array_equal(video[:, 1], video[:, 0])
-    np.testing.assert_array_equal(video[:, 0, :16], observation["video"][:, 0, 0])
-
-
-@pytest.mark.parametrize("method", [METHOD, SHARED], ids=["noise", "shared"])
-def test_a_row_depends_on_its_own_key_only(method):
-    params, observation = parameters(method), observation_of(make_clip(3))
-    keys = jax.random.split(jax.random.key(7), 3)
-    actions = act(method, params, observation, keys)
+def test_a_row_depends_on_its_own_key_only():
+    params, seen, many = parameters(OTHER), observation_of(
+        make_clip(OTHER.spec, 3), OTHER.spec), keys(7, 3)
+    actions = predict(OTHER, ("action",), params, seen, many)["action"]
     assert actions.shape == (3, 4, 2) and actions.dtype == jnp.float32
-    turned = {k: v[::-1] for k, v in observation.items()}
-    np.testing.assert_allclose(act(method, params, turned, keys[::-1])[::-1], actions, atol=1e-5)
-    other = act(method, params, observation, keys.at[0].set(jax.random.key(9)))
-    assert jnp.abs(other[0] - actions[0]).max() > 1e-4
-    np.testing.assert_allclose(other[1:], actions[1:], atol=1e-5)
+    turned = {name: value[::-1] for name, value in seen.items()}
+    np.testing.assert_allclose(
+        predict(OTHER, ("action",), params, turned, many[::-1])["action"][::-1], actions, atol=1e-4)
+    other = predict(OTHER, ("action",), params, seen, many.at[0].set(jax.random.key(9)))["action"]
+    assert jnp.abs(other[0] - actions[0]).max() > 1e-3
+    np.testing.assert_allclose(other[1:], actions[1:], atol=1e-4)
 
 
-def test_state_that_is_masked_is_not_seen():
-    params, observation = parameters(METHOD), observation_of(make_clip(3))
-    keys = jax.random.split(jax.random.key(7), 3)
-    seen = act(METHOD, params, observation, keys)
-    observation["state_mask"] = np.zeros((3, 2), bool)
-    hidden = act(METHOD, params, observation, keys)
-    observation["state"] = observation["state"] + 1
-    assert jnp.abs(seen - hidden).max() > 1e-4
-    np.testing.assert_array_equal(act(METHOD, params, observation, keys), hidden)
-
-
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="config.method.features: expected one of"):
-        build(VideoPolicy, {**SIZES, "spec": SPEC, "layout": "bimanual", "features": "both"},
-              "config.method")
-    with pytest.raises(ValueError, match="widht"):
-        VideoPolicy(spec=SPEC, layout="bimanual", **{**SIZES, "video": dict(widht=16)})
-    with pytest.raises(ValueError, match="did you mean 'video_policy'"):
-        base.get("video_polcy")
-
-
-def test_state_dropout_hides_the_state():
-    """Dropped for every clip, the state reaches the loss through nothing."""
-    method = dataclasses.replace(METHOD, state_dropout=1.0)
-    params, clip, key = parameters(METHOD), make_clip(), jax.random.key(2)
-    (hidden, _), grads = loss_and_gradient(method, "action", params, clip, key)
-    assert size(grads["action"]["stem"]["state_1"]["kernel"]) == 0
-    (seen, _), _ = loss_and_gradient(METHOD, "action", params, clip, key)
-    assert hidden != pytest.approx(float(seen))
-    clip["state"] = clip["state"] + 1
-    assert loss_and_gradient(method, "action", params, clip, key)[0][0] == hidden
-
-
-def test_latent_frames_count_when_all_their_frames_do():
-    method = dataclasses.replace(METHOD, spec=dataclasses.replace(SPEC, num_frames=9, height=32,
-                                                                  width=32),
-                                 codec={"name": "wan", "width": 8, "decoder_width": 8})
-    mask = np.ones((3, 9), bool)
-    mask[1, 5:] = mask[2, 8:] = False
+@pytest.mark.parametrize("method", [METHOD, OTHER], ids=["euler", "heun, guided, two frames"])
+def test_video_and_action_together_are_those_of_each_alone(method):
+    """From the same keys: they are denoised together, and the video does not see the actions."""
+    params, seen = parameters(method), observation_of(make_clip(method.spec), method.spec)
+    action, video, both = (predict(method, wanted, params, seen, keys(7)) for wanted in (
+        ("action",), ("video",), ("action", "video")))
+    assert (set(action), set(video), set(both)) == ({"action"}, {"video"}, {"action", "video"})
+    np.testing.assert_allclose(both["action"], action["action"], atol=1e-4)
+    frames = method.spec.window.frames
+    assert video["video"].shape == (2, frames, 24, 16, 3) and video["video"].dtype == np.uint8
+    off = np.abs(both["video"].astype(int) - video["video"].astype(int))
+    assert off.max() <= 1
+    past = method.spec.window.past
     np.testing.assert_array_equal(
-        method._latent_mask(mask), [[True, True, True], [True, True, False], [True, True, False]])
+        video["video"][:, :past], method.render(params, seen)[:, :past])
+
+
+def test_the_states_of_all_observed_frames_are_seen_where_they_are_known():
+    params, seen = parameters(OTHER), observation_of(make_clip(OTHER.spec), OTHER.spec)
+    assert seen["state"].shape == (2, 2, 2)
+
+    def act(**changes):
+        return predict(OTHER, ("action",), params, seen | changes, keys(7))["action"]
+
+    before, mask, first = act(), seen["state_mask"].copy(), seen["state"].copy()
+    first[:, 0] += 1
+    assert jnp.abs(act(state=first) - before).max() > 1e-3
+    mask[:, 0] = False
+    hidden = act(state_mask=mask)
+    assert jnp.abs(hidden - before).max() > 1e-3
+    np.testing.assert_array_equal(act(state=first, state_mask=mask), hidden)
+
+
+def test_without_proprioception_the_state_is_not_seen():
+    method = dataclasses.replace(METHOD, proprioception=False)
+    params, seen = parameters(method), observation_of(make_clip())
+    before = predict(method, ("action",), params, seen, keys(7))["action"]
+    other = seen | {"state": seen["state"] + 1}
+    np.testing.assert_array_equal(
+        predict(method, ("action",), params, other, keys(7))["action"], before)
+
+
+def test_state_dropout_hides_the_state_in_training_only():
+    """Dropped for every clip, the state reaches the loss through nothing; validation hides it from
+    nobody."""
+    method = dataclasses.replace(METHOD, state_dropout=1.0)
+    params, clip = parameters(METHOD), make_clip()
+    (hidden, _), grads = loss_and_gradient(method, "action", params, clip, keys(2))
+    assert size(grads["action"]["stem"]["state_1"]["kernel"]) == 0
+    (seen, _), _ = loss_and_gradient(METHOD, "action", params, clip, keys(2))
+    assert hidden != pytest.approx(float(seen))
+    moved = clip | {"state": clip["state"] + 1}
+    assert loss_and_gradient(method, "action", params, moved, keys(2))[0][0] == hidden
+    (validation, _), _ = loss_and_gradient(method, "action", params, clip, keys(2), False)
+    assert validation == pytest.approx(float(seen), rel=1e-6)
+
+
+def test_stored_latents_stand_in_for_the_video():
+    """Losses, their gradients and predictions are the same, up to the float16 of what is stored."""
+    clip, params = make_clip(), parameters(METHOD)
+    latents = np.asarray(METHOD.extras["latents"].compute(params, clip), np.float16)
+    spec = dataclasses.replace(SPEC, video=False, extra={"latents": latents.shape[1:]})
+    method = dataclasses.replace(METHOD, spec=spec)
+    stored = {name: clip[name] for name in spec.arrays if name != "latents"} | {"latents": latents}
+    for stage in ("action", "joint"):
+        (expected, _), gradient = loss_and_gradient(METHOD, stage, params, clip, keys(3))
+        (found, _), other = loss_and_gradient(method, stage, params, stored, keys(3))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(b, a, rtol=0.05, atol=0.01 * np.abs(a).max() + 1e-7)
+    np.testing.assert_allclose(
+        predict(method, ("action",), params, observation_of(stored, spec), keys(4))["action"],
+        predict(METHOD, ("action",), params, observation_of(clip), keys(4))["action"], atol=0.02)
+    # A policy that was trained on latents sees pictures.
+    pictures = {name: clip[name][(slice(None), *map(slice, shape))]
+                for name, (shape, _) in spec.observation.items()}
+    np.testing.assert_allclose(
+        predict(method, ("action",), params, pictures, keys(4))["action"],
+        predict(METHOD, ("action",), params, observation_of(clip), keys(4))["action"], atol=1e-5)
 
 
 def test_an_action_head_needs_actions():
-    spec = dataclasses.replace(METHOD.spec, action_size=0)
+    spec = dataclasses.replace(SPEC, action_size=0)
     with pytest.raises(ValueError, match="config.data.action_size is 0, and the data has no act"):
         dataclasses.replace(METHOD, spec=spec)
 
 
-def test_wans_autoencoder_and_embedded_text():
-    """The shape of Wan in small: latents of a VAE that is not trained, text that is embedded."""
-    spec = dataclasses.replace(SPEC, num_frames=5, height=32, width=32, text_length=4,
-                               text_width=6)
-    method = dataclasses.replace(METHOD, spec=spec, prediction="velocity", sampler="unipc", text={},
-                                 text_tokens=8,
-                                 codec={"name": "wan", "width": 8, "decoder_width": 8})
-    assert method.latent_shape == (2, 6, 4, 16) and method.frozen("video") == (
-        "action/.*", "codec/.*", "text/.*")
-    rng = np.random.default_rng(0)
-    clip = make_clip() | {
-        "video": rng.integers(0, 256, (2, 3, 5, 32, 32, 3), np.uint8),
-        "frame_mask": np.ones((2, 5), bool),
-        "text": rng.normal(size=(2, 4, 6)).astype(jnp.bfloat16)}
-    params = parameters(method)
-    assert set(params) == {"video", "action", "codec", "text"}
-    (loss, _), grads = loss_and_gradient(method, "video", params, clip, jax.random.key(2))
-    assert np.isfinite(loss) and size(grads["video"]) > 0 and size(grads["codec"]) == 0
-    clip["text"] = -clip["text"]
-    assert loss_and_gradient(method, "video", params, clip, jax.random.key(2))[0][0] != loss
-    keys = jax.random.split(jax.random.key(5), 2)
-    video = jax.jit(method.imagine)(params, observation_of(clip), keys)
-    assert video.shape == (2, 5, 48, 32, 3) and video.dtype == jnp.uint8
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match=r"config.method.video.transformer.widht"):
+        dataclasses.replace(METHOD, video={"transformer": {"widht": 16}})
+    with pytest.raises(ValueError, match=r"config.method.taps=\(0, 2\): expected .* 0 to 1"):
+        dataclasses.replace(METHOD, taps=(0, 2))
+    with pytest.raises(ValueError, match="config.init_from.action: there are no published weights"):
+        METHOD.load("action", "folder", {})
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """What diffusers' pipeline made with a tiny Wan, that model as a method, and its weights."""
-    golden = dict(np.load(GOLDEN / "pipeline.npz"))
-    weights = {k.removeprefix("weights/"): x for k, x in golden.items() if "weights/" in k}
-    folder = tmp_path_factory.mktemp("wan")
-    streaming.write_file(folder / "model.safetensors",
-                         {k: (x.shape, x.dtype) for k, x in weights.items()}, weights.get)
-    (folder / "config.json").write_text(str(golden["config"]))
-    spec = ClipSpec(cameras=("agentview",), num_frames=9, fps=2.0, chunk=4, height=32, width=48,
-                    text_length=5, text_width=8, action_size=2, state_size=2)
-    method = VideoPolicy(
-        spec=spec, layout="single", codec={"name": "wan"}, taps=(0,), prediction="velocity",
-        video=dict(width=24, layers=2, heads=2, ffn=32, frequency_width=32, epsilon=0.01),
-        head=SIZES["head"], timesteps="integer", sampler="unipc", video_steps=6, shift=5.0,
-        guidance=3.0)
-    video, _ = method.load("video", folder, None)
-    return golden, method, {"video": video, "text": {"empty": golden["empty"][0]}}, folder
-
-
-def imagined(golden, method, params, monkeypatch):
-    """Latents of the method from the pipeline's noise, picture and texts."""
-    monkeypatch.setattr(video_policy, "_rows", lambda keys, shape: jnp.asarray(golden["noise"]))
-    monkeypatch.setattr(WanVAE, "decode", lambda self, params, latents: latents)
-    observation = {"latents": golden["noise"][:, :1], "text": golden["text"]}
-    return jax.jit(method.imagine)(params, observation, jax.random.split(jax.random.key(0), 1))
-
-
-def test_latents_are_those_of_the_pipeline(pipeline, monkeypatch):
-    """The same weights, noise, picture, texts, steps, shift and guidance."""
-    golden, method, params, _ = pipeline
-    expected = golden["latents"]
-    latents = imagined(golden, method, params, monkeypatch)
-    assert np.linalg.norm(latents - expected) < 1e-5 * np.linalg.norm(expected)
-    method = dataclasses.replace(method, timesteps="continuous")
-    other = imagined(golden, method, params, monkeypatch)
-    assert np.linalg.norm(other - expected) > 1e-3 * np.linalg.norm(expected)
-
-
-def test_training_tells_of_sigma_as_sampling_does(pipeline, monkeypatch):
-    golden, method, params, _ = pipeline
-    seen = []
-    monkeypatch.setattr(VideoTransformer, "__call__",
-                        lambda self, params, latents, timestep, *rest: (
-                            seen.append(timestep), (latents, {0: None}))[1])
-    sigma = jnp.array([0.0, 0.2345, 0.9999, 1.0])
-    first = jnp.zeros((4, 1, 4, 6, 16))
-    for name, values in (("integer", [0, 234, 999, 999]),
-                         ("continuous", [0, 234.5, 999.9, 1000])):
-        made = dataclasses.replace(method, timesteps=name)
-        made._video(params, first, jnp.zeros((4, 3, 4, 6, 16)), sigma, None)
-        assert seen[-1].shape == (4, 3) and not seen[-1][:, 0].any()
-        np.testing.assert_allclose(seen[-1][:, 1:], np.repeat(np.array(values)[:, None], 2, 1),
-                                   rtol=1e-6)
-
-
-def test_weights_that_do_not_fit_say_which_config_does(pipeline):
-    """The default config is not of Wan's size: `--config.pretrained.video` alone is no way."""
-    config = pretrain.get_config()
-    config.pretrained.video = str(pipeline[-1])
-    options = {k: v for k, v in config.method.to_dict().items() if k != "name"}
-    method = VideoPolicy(spec=SPEC, layout="bimanual", **options)
-    with pytest.raises(ValueError, match=r"^config.pretrained.video: .* has channels 16, .* the "
-                                         "model channels 48.*configs/pretrain.py:wan-1.3b"):
-        method.load("video", config.pretrained.video, None)
-    method = dataclasses.replace(METHOD, video={"size": "wan-7m"})
-    with pytest.raises(ValueError, match="config.pretrained.video: .*what fits is") as error:
-        method.load("video", config.pretrained.video, None)
-    assert "configs/" not in str(error.value)
-
-
-def test_dropped_text_is_the_empty_one(tmp_path):
-    """As Wan was trained; guidance compares with it too."""
-    rows = {"": np.array([[1.0, -2.0, 0.5]]), "lift": np.ones((2, 3))}
-    text_embeddings.add(tmp_path, rows, "toy", 3, lambda texts: [rows[text] for text in texts])
-    spec = dataclasses.replace(SPEC, text_length=4, text_width=3)
-    method = dataclasses.replace(METHOD, spec=spec, text={}, text_dropout=1.0, text_tokens=6)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.ShapeDtypeStruct((1, 3), np.float32, sharding=place)
-    loaded, _ = method.load("text", str(tmp_path), {"empty": abstract})
-    np.testing.assert_array_equal(loaded["empty"], rows[""])
-    params = parameters(method) | {"text": loaded}
-    empty, lift = (np.tile(text_embeddings.TextEmbeddings(tmp_path).lookup(text, 4), (2, 1, 1))
-                   for text in rows)
-    all_dropped, none = (
-        loss_and_gradient(m, "video", params, make_clip() | {"text": text}, jax.random.key(0))[0][0]
-        for m, text in ((method, lift), (dataclasses.replace(method, text_dropout=0.0), empty)))
-    assert all_dropped == none
-    first, seen, unseen = method._observe(params, observation_of(make_clip() | {"text": empty}))
-    np.testing.assert_array_equal(seen, unseen)
-    assert unseen.shape == (2, 6, 3)
-
-
-def test_stored_latents_stand_in_for_the_video():
-    """Loss, imagination and actions are the same, up to the float16 of what is stored."""
-    clip, params, method = make_clip(), parameters(METHOD), METHOD
-    latents = np.asarray(method.encode(params, clip), np.float16)
-    stored = {k: v for k, v in clip.items() if k not in ("video", "view_mask")}
-    stored["latents"] = latents
-    key, keys = jax.random.key(3), jax.random.split(jax.random.key(4), 2)
-    for stage in method.stages:
-        (expected, _), gradient = loss_and_gradient(method, stage, params, clip, key)
-        (found, _), other = loss_and_gradient(method, stage, params, stored, key)
-        np.testing.assert_allclose(found, expected, rtol=1e-3)
-        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(b, a, rtol=0.05, atol=0.01 * np.abs(a).max() + 1e-7)
-    seen = {k: stored[k] for k in ("text", "state", "state_mask")} | {"latents": latents[:, :1]}
-    np.testing.assert_allclose(method.act(params, seen, keys),
-                               method.act(params, observation_of(clip), keys), atol=0.02)
-    shown = np.asarray(method.shown(params, stored)).astype(int)
-    truth = np.asarray(method.shown(params, clip)).astype(int)
-    assert shown.shape == truth.shape == (2, 3, 24, 16, 3) and np.abs(shown - truth).max() <= 1
-
-
-def test_latents_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"config.data.latents=\(3, 6, 4, 16\): clips of this size "
-                                         r"have latents of \(3, 6, 4, 48\)"):
-        dataclasses.replace(METHOD, spec=dataclasses.replace(SPEC, latents=(3, 6, 4, 16)))
+def test_a_method_is_found_by_its_name_or_its_class():
+    assert base.get("video_policy") is VideoPolicy
+    assert base.get("jaxvp.methods.video_policy:VideoPolicy") is VideoPolicy
+    for name, message in (("video_polcy", "Did you mean .*video_policy"),
+                          ("", "name='' does not exist"),
+                          ("absent_module:Toy", "there is no module absent_module"),
+                          ("jaxvp.methods.base:Toy", "jaxvp.methods.base has no Toy")):
+        with pytest.raises(ValueError, match=message):
+            base.get(name)

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxvp import sharding
-from jaxvp.models import attention, module
-from jaxvp.models.attention import Attention, attend, rope_table, rotate
+from jaxvp.models import attention, chunked_attention, module
+from jaxvp.models.attention import Attention, BlockCausal, attend, rope_table, rotate
 
 
 def test_rope_matches_complex_rotation():
@@ -85,8 +85,8 @@ def test_attention_is_softmax_of_normalised_heads():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(attention, "SCORES", 512)
-    monkeypatch.setattr(attention, "KEYS", 32)
+    monkeypatch.setattr(chunked_attention, "SCORES", 512)
+    monkeypatch.setattr(chunked_attention, "KEYS", 32)
 
 
 def on(platform: str) -> AbstractMesh:
@@ -102,20 +102,23 @@ def inputs(batch, queries, keys, heads, width, dtype=jnp.float32):
     return 3 * q, *rest
 
 
-def values_and_gradients(implementation, context=""):
+def values_and_gradients(implementation, context="", mask=None):
     @jax.jit
     def run(q, k, v, g):
         out, pullback = jax.vjp(
-            lambda q, k, v: attend(q, k, v, implementation, context=context), q, k, v)
+            lambda q, k, v: attend(q, k, v, implementation, context=context, mask=mask), q, k, v)
         return out, *pullback(g)
     return run
 
 
-def reference(q, k, v, g):
+def reference(q, k, v, g, mask=None):
     """In float64, NumPy: the output and the gradients of q, k, v."""
     q, k, v, g = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, g))
     scale = q.shape[-1] ** -0.5
     scores = np.einsum("bnke,bmke->bknm", q, k) * scale
+    if mask is not None:
+        places = np.arange(k.shape[1])
+        scores = np.where(mask(places[-q.shape[1]:, None], places), scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("bknm,bmke->bnke", p, v)
@@ -149,9 +152,9 @@ def test_implementations_agree_in_bfloat16(small_chunks, implementation):
 @pytest.mark.parametrize("scores, sizes", [
     (4 * 24 * 40, (3, 24, 40)), (24 * 40, (1, 24, 40)), (500, (1, 12, 40)), (1, (1, 1, 40))])
 def test_chunks_are_groups_of_heads_then_of_queries(monkeypatch, scores, sizes):
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(chunked_attention, "SCORES", scores)
     args = inputs(3, 24, 40, 2, 8)
-    assert attention._chunk_sizes(*args[:2]) == sizes
+    assert chunked_attention._chunk_sizes(*args[:2]) == sizes
     assert_close(values_and_gradients("chunked")(*args), reference(*args), 5e-6)
 
 
@@ -162,10 +165,11 @@ def test_chunked_survives_scores_far_from_zero(small_chunks):
     assert_close(found, reference(*args), 1e-3)
 
 
-def test_memory_of_chunked_is_linear(small_chunks):
+@pytest.mark.parametrize("mask", [None, BlockCausal(256)])
+def test_memory_of_chunked_is_linear(small_chunks, mask):
     def temporary(implementation, tokens):
         args = inputs(1, tokens, tokens, 1, 8)
-        compiled = values_and_gradients(implementation).lower(*args).compile()
+        compiled = values_and_gradients(implementation, mask=mask).lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary("chunked", 2048) < 2.2 * temporary("chunked", 1024)
@@ -173,9 +177,91 @@ def test_memory_of_chunked_is_linear(small_chunks):
 
 
 @pytest.mark.gpu
-def test_cudnn_agrees():
-    args = inputs(2, 300, 70, 4, 64, jnp.bfloat16)
-    assert_close(values_and_gradients("cudnn")(*args), reference(*args), 4e-2)
+@pytest.mark.parametrize("queries, keys, mask", [(300, 70, None), (71, 300, BlockCausal(64, 7))])
+def test_cudnn_agrees(queries, keys, mask):
+    args = inputs(2, queries, keys, 4, 64, jnp.bfloat16)
+    found = values_and_gradients("cudnn", mask=mask)(*args)
+    assert_close(found, reference(*args, mask), 4e-2)
+
+
+# Masks and cached keys.
+
+MASK = BlockCausal(10, first=3)  # Blocks that are no chunks, and no blocks of a kernel.
+
+
+def test_a_token_sees_its_block_and_those_before():
+    places = np.arange(6)
+    seen = BlockCausal(2, first=1)(places[:, None], places)
+    assert seen.astype(int).tolist() == [[1, 0, 0, 0, 0, 0], *[[1, 1, 1, 0, 0, 0]] * 2,
+                                         *[[1, 1, 1, 1, 1, 0]] * 2, [1] * 6]
+    assert BlockCausal(2)(places[:, None], places).sum(1).tolist() == [2, 2, 4, 4, 6, 6]
+    # One block that is longer than the others.
+    assert BlockCausal(2, first=4)(places[:, None], places).sum(1).tolist() == [4, 4, 4, 4, 6, 6]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked", "splash"])
+@pytest.mark.parametrize("queries, keys", [(64, 64), (37, 75), (140, 300)])
+def test_masked_implementations_agree(small_chunks, implementation, queries, keys):
+    args = inputs(2, queries, keys, 2, 16)
+    found = values_and_gradients(implementation, mask=MASK)(*args)
+    assert_close(found, reference(*args, MASK), 5e-6)
+
+
+def test_chunks_of_hidden_keys_come_to_nothing(small_chunks):
+    """A mask whose first chunk of keys nobody sees, far from what is seen."""
+    args = inputs(1, 40, 80, 1, 8)
+    args = args[0], args[1].at[:, :40].multiply(50), *args[2:]
+
+    def late(queries, keys):
+        return keys >= 40 + 0 * queries
+
+    assert_close(values_and_gradients("chunked", mask=late)(*args), reference(*args, late), 5e-6)
+
+
+def test_chunks_of_hidden_keys_are_left_out(small_chunks):
+    q, k, v, _ = inputs(1, 64, 64, 1, 8)
+    # What is not computed is no NaN: weights of 0 would make NaN of these values.
+    v = v.at[:, 32:].set(jnp.nan)
+    out = attend(q, k, v, "chunked", mask=BlockCausal(32))
+    assert not jnp.isnan(out[:, :32]).any() and jnp.isnan(out[:, 32:]).all()
+
+
+@pytest.mark.parametrize("queries, keys", [(32, 64), (31, 63)])
+def test_cudnn_is_given_the_mask(monkeypatch, queries, keys):
+    """The call of cuDNN, computed by XLA: what only a GPU can tell is the test above."""
+    run = jax.nn.dot_product_attention
+
+    def cudnn(q, k, v, mask, implementation):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        return run(*(x.astype(jnp.float32) for x in (q, k, v)), mask=mask).astype(q.dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    args = inputs(2, queries, keys, 2, 16, jnp.float16)
+    found = values_and_gradients("cudnn", mask=MASK)(*args)
+    assert_close(found, reference(*args, MASK), 1e-2)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("context, heads, shape, implementation", [
+    ("", 4, (2, 1, 1, 4), "xla"), ("q", 4, (1, 2, 2, 2), "chunked"),
+    *(("qkv", heads, shape, implementation) for implementation in ("xla", "chunked", "splash")
+      for heads, shape in ((4, (1, 1, 4, 2)), (4, (1, 2, 4, 1)), (3, (1, 2, 4, 1))))])
+def test_sharded_masks_and_past_equal_unsharded(
+        small_chunks, context, heads, shape, implementation, mask):
+    """Keys are gathered where the heads do not divide, and exchanged where they do."""
+    q, k, v, g = inputs(2, 32, 48, heads, 8)
+
+    @jax.jit
+    def run(q, k, v, g):
+        def split(q, k, v):
+            return attend(q, k[:, 16:], v[:, 16:], implementation, context=context, mask=mask,
+                          past=(k[:, :16], v[:, :16]))
+        out, pullback = jax.vjp(split, q, k, v)
+        return out, *pullback(g)
+
+    with jax.set_mesh(mesh_of(shape)):
+        assert_close(run(q, k, v, g), reference(q, k, v, g, mask), 5e-6)
 
 
 # Sharding.
@@ -281,7 +367,7 @@ def test_auto_goes_by_the_devices(monkeypatch, platform, queries, keys, dtype, e
             chosen = []
             for other in attention.IMPLEMENTATIONS:
                 monkeypatch.setitem(attention.IMPLEMENTATIONS, other,
-                                    lambda q, k, v, other=other: chosen.append(other) or q)
+                                    lambda q, *_, other=other: chosen.append(other) or q)
             args = inputs(1, queries, keys, 1, 64, dtype)[:3]
             jax.eval_shape(lambda *args: attend(*args, name), *args)
         return chosen
@@ -293,7 +379,7 @@ def test_auto_goes_by_the_devices(monkeypatch, platform, queries, keys, dtype, e
 
 
 def test_export_has_no_custom_calls(monkeypatch):
-    monkeypatch.setattr(attention, "SCORES", 0)
+    monkeypatch.setattr(chunked_attention, "SCORES", 0)
     q, k, v, g = inputs(1, 300, 300, 2, 16)
     with attention.portable():
         exported = jax.export.export(jax.jit(lambda q, k, v: attend(q, k, v, "splash")),
@@ -323,7 +409,8 @@ def test_mesh_that_does_not_divide(shape, message):
         attend(*args, context="qkv")
 
 
-def test_splash_compiles_for_a_tpu(monkeypatch):
+@pytest.mark.parametrize("heads, mask", [(2, None), (2, BlockCausal(150)), (3, BlockCausal(150))])
+def test_splash_compiles_for_a_tpu(monkeypatch, heads, mask):
     """By the TPU's own compiler, on any machine that has it (extra `tpu`)."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
@@ -333,8 +420,9 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, context=2), devices)
     where = jax.sharding.NamedSharding(mesh, jax.P("fsdp", "context"))
-    q = jax.ShapeDtypeStruct((2, 600, 2, 64), jnp.bfloat16, sharding=where)
+    q = jax.ShapeDtypeStruct((2, 600, heads, 64), jnp.bfloat16, sharding=where)
     with jax.set_mesh(mesh):
-        text = values_and_gradients("auto", "qkv").lower(q, q, q, q).compile().as_text()
+        run = values_and_gradients("auto", "qkv", mask)
+        text = run.lower(q, q, q, q).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
-    assert " all-to-all(" in text
+    assert (" all-to-all(" if heads == 2 else " all-gather") in text

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from jaxvp.config import build
+from jaxvp.errors import UserError
+from jaxvp.models.attention import BlockCausal, KeysValues
 from jaxvp.models.transformer import REMAT, SIZES, VideoTransformer, resolve_size, sinusoid
 
 MODEL = VideoTransformer(channels=12, width=32, layers=3, heads=2, ffn=48, text_width=8)
 
-run = jax.jit(VideoTransformer.__call__, static_argnums=0, static_argnames=("taps", "velocity"))
+run = jax.jit(VideoTransformer.__call__, static_argnums=0,
+              static_argnames=("taps", "velocity", "mask", "keep"))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,120 @@ def test_features_alone_are_those_beside_the_velocity(params, inputs):
     assert out is None
     for tap in (0, 1):
         np.testing.assert_allclose(features[tap], expected[tap], atol=1e-5)
+
+
+# A condition on channels.
+
+
+def test_the_condition_widens_the_patch_embedding_alone(params, inputs):
+    latents, timestep, text = inputs
+    wide = VideoTransformer(**{**MODEL.__dict__, "in_channels": 15})
+    fresh = wide.init(jax.random.key(0))
+    assert wide.parameter_count - MODEL.parameter_count == 3 * 4 * 32
+    assert fresh["head"]["proj_out"]["kernel"].shape == (32, 4 * 12)
+    # The same where the condition counts nothing.
+    kernel = params["stem"]["patch_embedding"]["kernel"].reshape(4, 12, 32)
+    kernel = jnp.pad(kernel, ((0, 0), (0, 3), (0, 0))).reshape(60, 32)
+    stem = params["stem"] | {"patch_embedding": params["stem"]["patch_embedding"] | {
+        "kernel": kernel}}
+    condition = jnp.concatenate([latents, jnp.ones((2, 3, 4, 6, 3))], axis=-1)
+    out, _ = run(wide, params | {"stem": stem}, condition, timestep, text)
+    assert out.shape == latents.shape
+    np.testing.assert_allclose(out, run(MODEL, params, *inputs)[0], atol=1e-6)
+
+
+def test_the_condition_is_beside_the_latents():
+    with pytest.raises(UserError, match="in_channels 3 must be at least channels, 4"):
+        VideoTransformer(channels=4, in_channels=3)
+    assert VideoTransformer(channels=4) == VideoTransformer(channels=4, in_channels=4)
+
+
+# Masks and caches. Five frames of 6 tokens: the first, then two blocks of two frames.
+
+FRAME = 6
+CAUSAL = BlockCausal(2 * FRAME, first=FRAME)
+BLOCKS = (slice(0, 1), slice(1, 3), slice(3, 5))
+
+
+@pytest.fixture(scope="module")
+def clip():
+    keys = jax.random.split(jax.random.key(3), 3)
+    return (jax.random.normal(keys[0], (2, 5, 4, 6, 12)), 1000 * jax.random.uniform(
+        keys[1], (2, 5)), jax.random.normal(keys[2], (2, 5, 8)))
+
+
+def test_a_masked_block_does_not_see_later_ones(params, clip):
+    latents, *others = clip
+    out, _ = run(MODEL, params, *clip, mask=CAUSAL)
+    later, _ = run(MODEL, params, latents.at[:, 3:].add(1.0), *others, mask=CAUSAL)
+    np.testing.assert_allclose(later[:, :3], out[:, :3], atol=1e-5)
+    earlier, _ = run(MODEL, params, latents.at[:, 0].add(1.0), *others, mask=CAUSAL)
+    assert (jnp.abs(earlier - out).max((0, 2, 3, 4)) > 1e-3).all()
+    own, _ = run(MODEL, params, latents.at[:, 2].add(1.0), *others, mask=CAUSAL)
+    assert jnp.abs(own - out)[:, 1].max() > 1e-3  # A frame sees the later one of its block.
+    assert jnp.abs(own - out)[:, 0].max() < 1e-5
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL], ids=["all", "mask"])
+def test_cached_frames_and_text_equal_all_frames_at_once(params, clip, mask):
+    """`mask` changes nothing where a call has one block: that sees all of its past."""
+    latents, timestep, text = clip
+    expected, features = run(MODEL, params, *clip, taps=(0, 2), mask=CAUSAL)
+    text = jax.jit(MODEL.text_cache)(params, text)
+    assert text.keys.shape == (3, 2, 5, 2, 16)
+    past, found = None, []
+    for block in BLOCKS:
+        *one, past = run(MODEL, params, latents[:, block], timestep[:, block], text, taps=(0, 2),
+                         mask=mask, past=past, keep=True)
+        found.append(one)
+    assert past.keys.shape == past.values.shape == (3, 2, 30, 2, 16)
+    np.testing.assert_allclose(
+        np.concatenate([out for out, _ in found], 1), expected, atol=1e-5, rtol=1e-5)
+    for tap in (0, 2):
+        np.testing.assert_allclose(np.concatenate([taps[tap] for _, taps in found], 1),
+                                   features[tap], atol=1e-5, rtol=1e-5)
+
+
+def test_several_blocks_go_on_from_a_cache(params, clip):
+    latents, timestep, text = clip
+    expected, _ = run(MODEL, params, *clip, mask=CAUSAL)
+    *_, past = run(MODEL, params, latents[:, :1], timestep[:, :1], text, velocity=False, keep=True)
+    out, _ = run(MODEL, params, latents[:, 1:], timestep[:, 1:], text, past=past, mask=CAUSAL)
+    np.testing.assert_allclose(out, expected[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def test_features_alone_go_on_from_a_cache(params, clip):
+    """Of the cache of all blocks, those behind the last tap are not used."""
+    latents, timestep, text = clip
+    _, expected = run(MODEL, params, *clip, taps=(1,), mask=CAUSAL)
+    text = MODEL.text_cache(params, text)
+    *_, past = run(MODEL, params, latents[:, :3], timestep[:, :3], text, velocity=False, keep=True,
+                   mask=CAUSAL)
+    _, found = run(MODEL, params, latents[:, 3:], timestep[:, 3:], text, taps=(1,), velocity=False,
+                   past=past)
+    np.testing.assert_allclose(found[1], expected[1][:, 3 * FRAME:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_oldest_frames_of_a_cache_can_be_dropped(params, clip):
+    """Keys of the first block of a network are those of a frame alone: nothing but time differs."""
+    latents, timestep, text = clip
+    one = VideoTransformer(**{**MODEL.__dict__, "layers": 1})
+    params = params | {"blocks": jax.tree.map(lambda p: p[:1], params["blocks"])}
+
+    def go_on(frames, dropped):
+        *_, past = run(one, params, latents[:, frames], timestep[:, frames], text, keep=True)
+        past = KeysValues(*(x[:, :, dropped * FRAME:] for x in past))
+        return run(one, params, latents[:, 3:], timestep[:, 3:], text, past=past)[0]
+
+    np.testing.assert_allclose(go_on(slice(0, 3), 2), go_on(slice(2, 3), 0), atol=1e-5, rtol=1e-5)
+    assert jnp.abs(go_on(slice(0, 3), 0) - go_on(slice(2, 3), 0)).max() > 1e-3
+
+
+def test_a_past_has_whole_frames(params, clip):
+    latents, timestep, text = clip
+    past = KeysValues(*jnp.zeros((2, 3, 2, 8, 2, 16)))
+    with pytest.raises(ValueError, match="past has 8 tokens: expected whole frames of 2 x 3"):
+        MODEL(params, latents, timestep, text, past=past)
 
 
 @pytest.mark.parametrize("size,count", [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584),

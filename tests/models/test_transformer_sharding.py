@@ -1,5 +1,6 @@
 """The video transformer on a mesh of eight devices: equal numbers, intended communication."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxvp import hlo, hlo_analysis, rules, sharding
+from jaxvp import rules, sharding
+from jaxvp.models.attention import BlockCausal
 from jaxvp.models.transformer import WAN_RULES, VideoTransformer
+from jaxvp.plan import hlo, hlo_analysis
 
 MODEL = VideoTransformer(channels=4, width=32, layers=2, heads=4, ffn=48, text_width=16)
 BATCH, TOKENS = 8, 96
@@ -70,6 +73,36 @@ def test_sharded_equals_unsharded(compiled, expected, mesh):
                                     strict=True):
         assert found.sharding.is_equivalent_to(param.sharding, param.ndim)
         assert np.abs(found - wanted).max() < 1e-5 * max(1e-3, np.abs(wanted).max())
+
+
+CAUSAL = BlockCausal(32)  # A frame; the shards of a context are parts of it, or more.
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["ulysses", "gathered"])
+def test_sharded_masks_and_caches_equal_unsharded(state, heads):
+    """Velocity, cache and gradients: all frames at once, and the last from caches."""
+    model = dataclasses.replace(MODEL, heads=heads)
+    params, (latents, timestep, text) = state
+
+    def cached(params):
+        memory = model.text_cache(params, text)
+        *_, past = model(params, latents[:, :2], timestep[:, :2], memory, velocity=False,
+                         mask=CAUSAL, keep=True)
+        velocity, _ = model(params, latents[:, 2:], timestep[:, 2:], memory, past=past)
+        return jnp.square(velocity - 1).mean(), (velocity, past)
+
+    def whole(params):
+        velocity, _, past = model(params, latents, timestep, text, mask=CAUSAL, keep=True)
+        past = jax.tree.map(lambda x: x[:, :, :64], past)
+        return jnp.square(velocity[:, 2:] - 1).mean(), (velocity[:, 2:], past)
+
+    expected = jax.jit(jax.grad(whole, has_aux=True))(params)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, **MESHES["context"]))
+    with jax.set_mesh(mesh):
+        for function in (cached, whole) if heads == 4 else (cached,):
+            found = jax.jit(jax.grad(function, has_aux=True))(params)
+            for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                assert np.abs(a - b).max() < 1e-5 * max(1, np.abs(b).max())
 
 
 def collectives(text):

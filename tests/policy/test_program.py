@@ -12,23 +12,23 @@ import toy_bundle
 from jaxvp.errors import UserError
 from jaxvp.policy import bundle, program
 
-ARGUMENTS = (toy_bundle.PARAMS, toy_bundle.observation(toy_bundle.BATCH),
-             np.zeros((toy_bundle.BATCH, 2), np.uint32))
+ACT, IMAGINE = toy_bundle.ACT, toy_bundle.IMAGINE
 
 
 def exported(function, platforms=("cpu",), allow=()):
     checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in allow]
     return jax.export.export(jax.jit(function), platforms=platforms, disabled_checks=checks)(
-        *ARGUMENTS)
+        toy_bundle.PARAMS, *toy_bundle.arguments())
 
 
-def calling(target: str, where=lambda call, x: call(x), **attributes):
+def calling(target: str, where=lambda call, x: call(x), mode=ACT, **attributes):
     """The toy policy with a custom call in it."""
-    def act(params, observation, keys):
-        y = toy_bundle.act(params, observation, keys)
+    def predict(*arguments):
+        outputs, carry = toy_bundle.predict(*arguments, mode[1])
+        y, = outputs.values()
         call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(y.shape, y.dtype))
-        return where(lambda x: call(x, **attributes), y)
-    return exported(act, allow=[target])
+        return {mode[1][0]: where(lambda x: call(x, **attributes), y)}, carry
+    return exported(predict, allow=[target])
 
 
 def in_a_loop(call, x):
@@ -46,26 +46,27 @@ def in_a_loop(call, x):
 @pytest.mark.parametrize("where", [lambda call, x: call(x), in_a_loop], ids=["top", "loop"])
 def test_custom_calls(tmp_path, target, attributes, where):
     data = calling(target, where, **attributes).serialize()
-    bundle.save(tmp_path / "bad", toy_bundle.manifest(), toy_bundle.PARAMS, data)
-    with pytest.raises(UserError, match="act.stablehlo contains the custom call .*do not trust"):
+    bundle.save(tmp_path / "bad", toy_bundle.manifest(), toy_bundle.PARAMS, {ACT: data})
+    with pytest.raises(UserError, match="-action.stablehlo contains the custom call .*not trust"):
         bundle.load(tmp_path / "bad")
 
 
-def test_imagine_is_looked_at_too(tmp_path):
-    data = calling("xla_ffi_python_cpu_callback", index=np.uint64(5)).serialize()
+def test_every_mode_is_looked_at(tmp_path):
+    data = calling("xla_ffi_python_cpu_callback", mode=IMAGINE, index=np.uint64(5)).serialize()
     bundle.save(tmp_path / "bad", toy_bundle.manifest(), toy_bundle.PARAMS,
-                toy_bundle.export(toy_bundle.act), data)
+                toy_bundle.functions() | {IMAGINE: data})
     loaded = bundle.load(tmp_path / "bad")
-    with pytest.raises(UserError, match="imagine.stablehlo contains the custom call"):
-        loaded.imagine(*ARGUMENTS[1:])
+    given, keys, carry = toy_bundle.arguments()
+    with pytest.raises(UserError, match="observation-video.stablehlo contains the custom call"):
+        loaded.predict(given, keys, ("video",), carry)
 
 
 def test_several_devices():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
 
-    def act(params, observation, keys):
-        y = toy_bundle.act(params, observation, keys)
+    def act(*arguments):
+        y = toy_bundle.predict(*arguments, ("action",))[0]["action"]
         return jax.lax.with_sharding_constraint(jnp.concatenate([y, y]), rows)
 
     with pytest.raises(UserError, match="a function for 2 devices"):
@@ -73,7 +74,7 @@ def test_several_devices():
 
 
 def test_side_effects():
-    made = dataclasses.replace(exported(toy_bundle.act), ordered_effects=("IO",))
+    made = dataclasses.replace(exported(toy_bundle.function(ACT)), ordered_effects=("IO",))
     with pytest.raises(UserError, match="has side effects .IO."):
         program.check(made, "act.stablehlo")
 
@@ -81,8 +82,8 @@ def test_side_effects():
 @pytest.mark.parametrize("platforms", [("cpu",), ("cuda",), ("tpu",), ("cpu", "cuda", "tpu")])
 def test_what_jax_itself_makes_of_networks(platforms):
     """Random bits of every kind, and what lowers to more than plain operations."""
-    def act(params, observation, keys):
-        x = observation["state"]
+    def act(params, observation, keys, carry):
+        x = observation["state"][:, 0]
         key = jax.random.wrap_key_data(keys[0])
         rbg = jax.random.key(0, impl="rbg")
         image = observation["video"][:, 0, 0].astype(jnp.float32)

@@ -160,7 +160,7 @@ def test_wrong_shapes_and_numbers_of_layers_are_named(tmp_path, file):
         streaming.load(Tensors(file), PLAN, tree() | {"norm": jax.ShapeDtypeStruct((9,), "f4")})
     table = jax.ShapeDtypeStruct((4, 6, 8), "f4")
     other = tree() | {"blocks": tree()["blocks"] | {"table": table}}
-    with pytest.raises(ValueError, match="has 4 layers, the plan 3"):
+    with pytest.raises(ValueError, match="has 4 layers, the key map 3"):
         streaming.load(Tensors(file), PLAN, other)
     write(tmp_path / "other.safetensors", STORED | {"blocks.1.table": STORED["norm"]})
     with pytest.raises(ValueError, match=r"blocks.1.table is \[8\], .* needs \[1, 6, 8\]"):

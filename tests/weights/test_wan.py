@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from configs import pretrain
-from jaxvp import checkpoint, rules, sharding, step
-from jaxvp.config import build
-from jaxvp.data.clips import ClipSpec
+from jaxvp import rules, sharding
 from jaxvp.errors import UserError
 from jaxvp.models.attention import rope_table, rotate
 from jaxvp.models.transformer import SIZES, WAN_RULES, VideoTransformer, unpatchify
@@ -47,8 +44,8 @@ def mesh():
     return sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
 
 
-def sharded(mesh, dtype=jnp.float32):
-    abstract = jax.eval_shape(MODEL.init, jax.random.key(0))
+def sharded(mesh, dtype=jnp.float32, model=MODEL):
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
     specs = rules.match(abstract, WAN_RULES, (), "WAN_RULES")
     leaves = [jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, jax.P(*specs[n])))
               for n, x in rules.named_leaves(abstract).items()]
@@ -127,8 +124,8 @@ def test_what_shapes_do_not_tell_is_read_from_the_config(tmp_path):
     params, _ = wan.load(folder, model)
     wan.save(params, model, tmp_path / "out")
     assert wan.stored_sizes(streaming.Tensors(tmp_path / "out")) == {
-        "channels": 4, "patch": (1, 2, 2), "width": 24, "layers": 2, "ffn": 32, "text_width": 16,
-        "frequency_width": 256, "heads": 2, "epsilon": 1e-5}
+        "channels": 4, "in_channels": 4, "patch": (1, 2, 2), "width": 24, "layers": 2, "ffn": 32,
+        "text_width": 16, "frequency_width": 256, "heads": 2, "epsilon": 1e-5}
     # Wan's own spelling of the config.
     own = {"_class_name": "WanModel", "dim": 24, "num_heads": 3, "in_dim": 4, "model_type": "t2v"}
     with pytest.raises(UserError, match="has heads 3, the model heads 2"):
@@ -178,13 +175,41 @@ def test_without_a_config_the_number_of_heads_must_be_known(tmp_path):
 def test_image_to_video_weights_are_called_what_they_are(tmp_path, weights):
     kernel = weights["patch_embedding.weight"]
     wide = weights | {"patch_embedding.weight": np.tile(kernel, (1, 9, 1, 1, 1))}
-    with pytest.raises(UserError, match="has 36 channels in and 4 out: weights that take an image"):
-        wan.load(write(tmp_path / "i2v", wide), MODEL)
+    write(tmp_path / "i2v", wide, CONFIG | {"in_channels": 36})
+    for channels in (4, 8):
+        with pytest.raises(UserError, match="has 36 channels in and 4 out: weights that take an "
+                           f"image, .* in_channels=36; this one has {channels}.* Take text-to-v"):
+            wan.load(tmp_path / "i2v", dataclasses.replace(MODEL, in_channels=channels))
     name = "condition_embedder.image_embedder.ff.net.0.proj.weight" \
         if weights is WEIGHTS else "img_emb.proj.1.weight"
     image = weights | {name: np.ones(2, np.float32)}
     with pytest.raises(UserError, match=f"has {name}: weights that take .* not supported"):
         wan.load(write(tmp_path / "image", image), MODEL)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, ORIGINAL], ids=["diffusers", "original"])
+def test_a_condition_on_channels_starts_at_zero(params, mesh, tmp_path, weights):
+    """Wan's weights in a wider model compute what they did, whatever the condition is."""
+    wide = dataclasses.replace(MODEL, in_channels=6)
+    folder = write(tmp_path / "tiny", weights)
+    loaded, report = wan.load(folder, wide)
+    assert not report.initialised
+    latents, text = jnp.asarray(GOLDEN["latents"].transpose(0, 2, 3, 4, 1)), GOLDEN["text"]
+    condition = jnp.concatenate([latents, jnp.ones((*latents.shape[:-1], 2))], axis=-1)
+    expected, _ = run(MODEL, params, latents, GOLDEN["scalar"], text)
+    out, _ = run(wide, loaded, condition, GOLDEN["scalar"], text)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    # Sharded, each host reads the same; and what was saved wide is loaded as it is.
+    elsewhere, _ = wan.load(folder, wide, sharded(mesh, model=wide))
+    jax.tree.map(np.testing.assert_array_equal, elsewhere, loaded)
+    changed = jax.tree.map(lambda x: x + 1, loaded)
+    wan.save(changed, wide, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["in_channels"], config["out_channels"]) == (6, 4)
+    jax.tree.map(np.testing.assert_array_equal, wan.load(tmp_path / "out", wide)[0], changed)
+    # A width that does not fit is named as ever.
+    with pytest.raises(UserError, match="has width 24, the model width 32: what fits is channels"):
+        wan.load(folder, dataclasses.replace(wide, width=32))
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -220,7 +245,7 @@ def test_a_wan_size_that_fits_is_named(tmp_path):
     big = VideoTransformer(**SIZES["wan-14b"])
     shapes = jax.eval_shape(big.init, jax.random.key(0))
     leaves, header, end = rules.named_leaves(shapes), {}, 0
-    for name, stored in wan.plan(big, "original").items():
+    for name, stored in wan.key_map(big, "original").items():
         stacked = not isinstance(stored.keys, str)
         leaf = jax.ShapeDtypeStruct(leaves[name].shape[stacked:], jnp.float32)
         shape = jax.eval_shape(stored.store, leaf).shape
@@ -254,26 +279,6 @@ def test_what_is_not_the_model_is_named(params, tmp_path):
     assert not found["head"]["proj_out"]["kernel"].any()
     np.testing.assert_array_equal(found["blocks"]["ffn_1"]["bias"],
                                   params["blocks"]["ffn_1"]["bias"])
-
-
-def test_a_run_is_exported(tmp_path):
-    spec = ClipSpec(cameras=("head", "left_wrist", "right_wrist"), num_frames=4, fps=2.5,
-                    chunk=4, height=16, width=16, text_length=96, action_size=8, state_size=8)
-    method = {"name": "video_policy", "taps": (0,), "text": {"width": 8},
-              "video": {"width": 16, "layers": 2, "heads": 2, "ffn": 32},
-              "head": {"width": 16, "layers": 1, "heads": 2}}
-    config = pretrain.get_config().to_dict() | {"method": method}
-    made = step.make_method(build(step.TrainConfig, config), spec)
-    params = jax.jit(made.init)(jax.random.key(0))
-    state = {"params": params, "ema": jax.tree.map(lambda x: x + 1, params),
-             "opt_state": {"count": jnp.ones(1)}}
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run")
-    checkpoints.save(1, state, data={}, assets=checkpoint.run_assets(config, spec, {}, {}))
-    checkpoints.close()
-    wan.export(tmp_path / "run", tmp_path / "out", "bfloat16")
-    found, _ = wan.load(tmp_path / "out", made.transformer)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)),
-                 found, state["ema"]["video"])
 
 
 TWO_PROCESSES = """

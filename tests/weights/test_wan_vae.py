@@ -36,7 +36,7 @@ def tiny(version):
 
 def originals(version):
     """The same weights under the keys of Wan's own release."""
-    ours, theirs = wan_vae.plan(tiny(version)), wan_vae.plan(tiny(version), original=True)
+    ours, theirs = wan_vae.key_map(tiny(version)), wan_vae.key_map(tiny(version), original=True)
     arrays = weights(version)
     return {theirs[name].keys: arrays[stored.keys] for name, stored in ours.items()}
 
@@ -96,7 +96,7 @@ ORIGINAL_KEYS = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_original_keys(version):
-    theirs, ours = (wan_vae.plan(tiny(version), original=spelling) for spelling in (True, False))
+    theirs, ours = (wan_vae.key_map(tiny(version), original=spelling) for spelling in (True, False))
     renamed = {theirs[name].keys: ours[name].keys for name in ours}
     assert len(renamed) == len(ours)
     for original, diffusers in ORIGINAL_KEYS[version].items():

@@ -3,7 +3,7 @@
 import rich.console
 import rich.table
 
-from jaxvp.chips import GIB
+from jaxvp.plan.chips import GIB
 
 
 def report(plan, console: rich.console.Console):

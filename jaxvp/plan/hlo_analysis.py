@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxvp.hlo import (
+from jaxvp.plan.hlo import (
     Array,
     Computation,
     Instruction,

@@ -27,7 +27,6 @@ import re
 import time
 import types
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -36,13 +35,16 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvp import chips, command, hlo_analysis, rules, sharding, step
+from jaxvp import command, optim, rules, sharding, step
 from jaxvp import config as config_lib
-from jaxvp.chips import Machine
-from jaxvp.data import mixture
+from jaxvp.data import sources
 from jaxvp.errors import UserError, naming
-from jaxvp.flops import model_flops
-from jaxvp.plan_report import gib, report, report_sweep
+from jaxvp.models import attention, transformer
+from jaxvp.plan import chips, hlo_analysis
+from jaxvp.plan.chips import Machine
+from jaxvp.plan.flops import abstract_inputs, model_flops
+from jaxvp.plan.report import gib, report, report_sweep
+from jaxvp.versions import versions
 
 STATE = {"params": "parameters", "ema": "EMA", "opt_state": "optimizer"}
 TRANSIENT = "activations, gradients, temporary"
@@ -120,7 +122,7 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
       ConfigError, UserError: config and machine do not fit each other, or the TPU compiler is
         missing.
     """
-    spec = mixture.clip_spec(config.data)
+    spec = sources.clip_spec(config.data)
     for size in ("action_size", "state_size"):
         if not getattr(spec, size):
             raise UserError(f"config.data.{size} is 0, the largest of the data; a plan reads no "
@@ -135,35 +137,27 @@ def make_plan(config: step.TrainConfig, machine: Machine, name: str = "", dry_ru
         part = leaf_name.partition("/")[0]
         parameters[part] = parameters.get(part, 0) + leaf.size
     model = model or {component: value * config.batch_size
-                      for component, value in model_flops(config, spec).items()}
+                      for component, value in model_flops(config, built).items()}
     memory, host = _state_bytes(built.abstract)
     plan = Plan(
         config=name, topology=str(machine), chips=machine.chips, mesh=dict(mesh.shape),
         batch_size=config.batch_size, microbatches=config.microbatches, parameters=parameters,
         memory=memory, host_memory=host, hbm_bytes_per_chip=0.0,
         hbm_capacity_bytes=machine.chip.hbm_bytes, fits=False, model_flops=dict(model),
-        versions={p: metadata.version(p) for p in ("jax", "jaxlib", "libtpu")
-                  if _installed(p)})
+        versions=versions("jax", "jaxlib", "libtpu"))
     if dry_run:
         memory["gradients (estimate)"] = sum(
             _shard_bytes(leaf) for leaf, rule in zip(
                 jax.tree.leaves(built.abstract["params"]), jax.tree.leaves(built.rules),
                 strict=True) if rule.multiplier is not None)
-        memory["activations (estimate)"] = _activation_bytes(config, spec, mesh)
+        memory["activations (estimate)"] = _activation_bytes(config, built)
     elif sum(memory.values()) <= plan.hbm_capacity_bytes:  # Else there is nothing to compile for.
-        _compile(plan, config, spec, built, machine)
+        _compile(plan, config, built, machine)
     plan.hbm_bytes_per_chip = sum(memory.values())
     plan.fits = plan.hbm_bytes_per_chip <= plan.hbm_capacity_bytes
     if not plan.fits:
-        plan.advice = advice(plan, config, built.method.transformer.remat)
+        plan.advice = advice(plan, config, built)
     return plan
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def _abstract_mesh(config: sharding.MeshConfig, machine: Machine) -> AbstractMesh:
@@ -194,44 +188,47 @@ def _state_bytes(abstract: Mapping) -> tuple[dict[str, float], dict[str, float]]
     return memory, host
 
 
-def _activation_bytes(config, spec, mesh) -> float:
+def _activation_bytes(config: step.TrainConfig, built: step.Step) -> float:
     """Bytes per chip that the forward pass keeps for the backward pass, as differentiation finds
     them, before the compiler; with remat also what one block has while it is computed again."""
-    kept, method = _residuals(config, spec, mesh)
-    if method.transformer.remat != "none":
-        kept += _residuals(config, spec, mesh, remat="none")[0] / method.transformer.layers
+    kept = _residuals(config, built)
+    if recomputing := [model.network.layers for model in _video_models(built).values()
+                       if model.network.remat != "none"]:
+        with transformer.override_remat("none"):
+            kept += _residuals(config, built) / min(recomputing)
     return kept
 
 
-def _residuals(config, spec, mesh, **video):
-    # Attention as on accelerators, where it never keeps its scores.
-    video = {**config.method["video"], "attention": "chunked", **video}
-    method = step.make_method(
-        dataclasses.replace(config, method={**config.method, "video": video}), spec)
+def _residuals(config: step.TrainConfig, built: step.Step) -> float:
+    mesh, method = built.mesh, built.method
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = max(1, config.batch_size // (shards * config.microbatches))
-    clip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                        step.abstract_clip(
-                            dataclasses.replace(spec, source_size=()), rows, mesh))
-    params = jax.eval_shape(lambda: method.init(jax.random.key(0)))
-    keys = jax.eval_shape(lambda: step.clip_keys(0, 0, rows))
+    trained = optim.trainable(built.rules)
 
     def residuals(params, clip, keys):
-        return jax.vjp(lambda p: method.loss(p, clip, keys, config.stage)[0], params)[1]
+        return jax.vjp(lambda p: method.loss(optim.stop_frozen(p, trained), clip, keys,
+                                             config.stage, train=True)[0], params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, clip, keys))
+    params, clip, keys = abstract_inputs(built, rows)
+    with attention.override("chunked"):  # As on accelerators, it never keeps its scores.
+        kept = jax.tree.leaves(jax.eval_shape(residuals, params, clip, keys))
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    parts = mesh.shape["context"]
-    return sum(leaf.size * leaf.dtype.itemsize / parts for leaf in kept
-               if leaf.shape not in weights), method
+    return sum(leaf.size * leaf.dtype.itemsize / mesh.shape["context"] for leaf in kept
+               if leaf.shape not in weights)
+
+
+def _video_models(built: step.Step) -> dict:
+    """The video models of the stage, by part."""
+    return {part: model for part, model in built.method.video_models.items()
+            if part in built.stage.parts}
 
 
 # The compiled step.
 
-def _compile(plan: Plan, config, spec, built, machine: Machine):
+def _compile(plan: Plan, config, built, machine: Machine):
     """Fills in what only the compiler knows."""
     everywhere = NamedSharding(built.mesh, P())
-    clip = step.abstract_clip(spec, config.batch_size, built.mesh)
+    clip = step.abstract_clip(built.spec, config.batch_size, built.mesh)
     number = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
     with jax.set_mesh(built.mesh):
         lowered = built.update.lower(built.abstract, clip, number)
@@ -310,9 +307,8 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
     plan.mfu_estimate = ideal / plan.step_seconds_estimate
 
 
-def advice(plan: Plan, config: step.TrainConfig, remat: str) -> list[str]:
-    """What to change so that the step fits, what helps most first; GiB are per chip. `remat` is
-    that of the video transformer."""
+def advice(plan: Plan, config: step.TrainConfig, built: step.Step) -> list[str]:
+    """What to change so that the step fits, what helps most first; GiB are per chip."""
     mesh, memory, capacity = plan.mesh, plan.memory, plan.hbm_capacity_bytes
     state = sum(memory.get(label, 0.0) for label in STATE.values())
     rest = plan.hbm_bytes_per_chip - state
@@ -336,8 +332,10 @@ def advice(plan: Plan, config: step.TrainConfig, remat: str) -> list[str]:
         say(rest * (1 - 1 / factor),
             f"config.microbatches={config.microbatches * factor}: {rows // factor} instead of "
             f"{rows} clips per chip at a time; activations shrink about {factor} times.")
-    if remat != "full":
-        say(rest / 2, "config.method.video.remat='full': only the inputs of blocks are kept.")
+    for part, model in _video_models(built).items():
+        if model.network.remat != "full":
+            say(rest / 2, f"config.method.{part}.transformer.remat='full': only the inputs of "
+                "blocks are kept.")
     if rows <= 1:
         say(rest / 2, f"config.mesh.context={2 * mesh['context']}: tokens of a clip over twice as "
             "many chips.")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxvp.envs import tabletop as envs
-from jaxvp.evaluation import baselines, tabletop
+from jaxvp.evaluation import baselines
 from jaxvp.evaluation.rollout import rollouts
+from jaxvp.evaluation.suites import tabletop
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_random_is_reproducible_and_in_range(suite):
     def actions(seed, trial):
         policy = baselines.RandomPolicy(suite.protocol, seed)
         policy.reset(0, "lift_tray", trial, None)
-        return np.concatenate([policy.plan({0: None})[0] for _ in range(50)])
+        return np.concatenate([policy.act([0])[0] for _ in range(50)])
 
     np.testing.assert_array_equal(actions(0, 0), actions(0, 0))
     assert not np.array_equal(actions(0, 0), actions(0, 1))

@@ -44,6 +44,8 @@ class TabletopSuite:
       UserError: there is no such suite.
     """
 
+    has_expert = True
+
     def __init__(self, name: str, image_size: int = 64):
         if name not in SUITES:
             raise UserError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")

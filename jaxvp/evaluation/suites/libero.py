@@ -28,8 +28,9 @@ class LiberoSuite:
 
     Args:
       name: of the suite.
-      assets: see `libero.setup`; needed by `make` only.
-      demonstrations: folder of <suite>/<task>_demo.hdf5, collected or published.
+      libero_assets: see `libero.setup`.
+      libero_demos: folder of <suite>/<task>_demo.hdf5, collected or published; for
+        `demonstrations`.
       image_size: of observations, in pixels. Other values than 256 are another protocol.
       rotation: a key of `libero.ROTATIONS`; as in the training data. The protocol's is "180".
 
@@ -38,15 +39,17 @@ class LiberoSuite:
       RuntimeError, UserError: see `libero.setup`.
     """
 
+    has_expert = False
+
     def __init__(
         self,
         name: str,
-        assets: str | Path | None = None,
-        demonstrations: str | Path | None = None,
+        libero_assets: str | Path | None = None,
+        libero_demos: str | Path | None = None,
         image_size: int = 256,
         rotation: str = "180",
     ):
-        self._assets, self._demonstrations = libero.setup(assets), demonstrations
+        self._assets, self._demonstrations = libero.setup(libero_assets), libero_demos
         self.protocol = Protocol(
             name="libero_openvla",
             version=1,

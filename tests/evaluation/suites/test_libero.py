@@ -10,9 +10,9 @@ import pytest
 
 from jaxvp.envs import libero
 from jaxvp.errors import UserError
-from jaxvp.evaluation import libero as evaluation
+from jaxvp.evaluation.suites import libero as evaluation
 
-SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
+SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[4] / "shared" / "libero"))
 MILK = "pick_up_the_milk_and_place_it_in_the_basket"
 
 
@@ -50,7 +50,7 @@ def suite(monkeypatch, tmp_path):
     monkeypatch.setattr(libero, "init_states", lambda suite, task: states)
     monkeypatch.setattr(libero, "LiberoEnv", FakeEnv)
     monkeypatch.setattr(evaluation.metadata, "version", lambda name: "1.2")
-    return evaluation.LiberoSuite("libero_object", demonstrations=tmp_path)
+    return evaluation.LiberoSuite("libero_object", libero_demos=tmp_path)
 
 
 def test_protocol_is_that_of_openvla(suite):

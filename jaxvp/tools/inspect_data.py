@@ -1,7 +1,7 @@
 """What a mixture is made of, in numbers and pictures, before anything is trained on it.
 
-    python -m jaxvp.data.inspect --config=configs/mixtures.py:vidar --out=runs/vidar
-    python -m jaxvp.data.inspect --config=configs/pretrain.py --out=runs/rdt \
+    python -m jaxvp.tools.inspect_data --config=configs/mixtures.py:vidar --out=runs/vidar
+    python -m jaxvp.tools.inspect_data --config=configs/pretrain.py --out=runs/rdt \
         '--config.data.sources=({"path": "data/rdt"},)'
 
 prints a table of the sources, the statistics of every robot and what filters have left out. With
@@ -28,11 +28,11 @@ from absl import flags
 
 from jaxvp import command
 from jaxvp import config as config_lib
-from jaxvp.data import checks, mixture, observation, rlds
+from jaxvp.data import checks, observation, rlds, statistics
 from jaxvp.data.clips import Clips
-from jaxvp.data.mixture import DataConfig, SourceConfig
 from jaxvp.data.normalize import CONSTANT, Normalizer
 from jaxvp.data.rlds import Episodes
+from jaxvp.data.sources import DataConfig, SourceConfig, clip_spec, open_source
 from jaxvp.data.text_embeddings import TextEmbeddings
 from jaxvp.errors import UserError, naming
 
@@ -160,15 +160,15 @@ def inspect(config: DataConfig) -> dict:
       UserError: a dataset is absent or damaged, or filters leave nothing of it.
     """
     check_there(config)
-    normalizers = mixture.statistics(config)
+    opened = [open_source(config, source) for source in config.sources]
+    normalizers = statistics.of_sources(config.normalization, opened)
     # Clips are not read here, so the embeddings of their texts need not be there yet.
-    spec = mixture.clip_spec(dataclasses.replace(config, text_embeddings=""), normalizers)
+    spec = clip_spec(dataclasses.replace(config, text_embeddings=""), normalizers)
     sources, alike = [], []
-    for number, source in enumerate(config.sources):
-        episodes = mixture.open_source(config, source)
+    for number, (source, episodes) in enumerate(zip(config.sources, opened, strict=True)):
         try:
-            Clips(episodes, spec, source=number, normalizers=normalizers, cameras=source.cameras,
-                  max_bad_records=config.max_bad_records)
+            Clips(episodes, spec, source=number, layout=config.layout, normalizers=normalizers,
+                  cameras=source.cameras, max_bad_records=config.max_bad_records)
             checks.check_robots([*alike, episodes])
             alike.append(episodes)
             check_texts(config, source, episodes)
@@ -199,7 +199,7 @@ def check_texts(config: DataConfig, source: SourceConfig, episodes: Episodes):
         embeddings = TextEmbeddings(config.text_embeddings)
     splits = [episodes]
     if source.validation_fraction or source.validation_split in rlds.splits(source.path):
-        splits.append(mixture.open_source(config, source, held_out=True))
+        splits.append(open_source(config, source, held_out=True))
     for split in splits:
         checks.check_texts(split, config.text_length, embeddings)
 
@@ -241,9 +241,9 @@ def left_out(config: DataConfig, source: SourceConfig, episodes: Episodes) -> di
     found = {}
     if used:
         bare = dataclasses.replace(source, **off)
-        total = count(mixture.open_source(config, bare))
+        total = count(open_source(config, bare))
         for name, value in used.items():
-            kept = mixture.open_source(config, dataclasses.replace(bare, **{name: value}))
+            kept = open_source(config, dataclasses.replace(bare, **{name: value}))
             found[f"by {name} {value}"] = total - count(kept)
     found["unreadable when read (records)"] = len(episodes.damaged)
     path = episodes.folder / "build_report.json"
@@ -293,11 +293,12 @@ def tables(found: Mapping, console: rich.console.Console):
 def write(out: Path, found: Mapping, name: str, config: DataConfig):
     """Writes the page OUT/data.html."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxvp.data", "."), autoescape=True, trim_blocks=True,
+        loader=jinja2.PackageLoader("jaxvp.tools", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    clip = (f"{config.num_frames} frames at {config.fps:g} fps, {config.chunk} actions, layout "
-            f"{config.layout}")
-    page = environment.get_template("inspect.html.j2").render(**found, name=name, clip=clip)
+    window = config.window
+    clip = (f"{window.past} + {window.future} frames at {window.fps:g} fps, "
+            f"{window.past_actions} + {window.chunk} actions, layout {config.layout}")
+    page = environment.get_template("inspect_data.html.j2").render(**found, name=name, clip=clip)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "data.html"):
         (out / "data.html").write_text(page)

@@ -1,0 +1,1 @@
+"""What a config costs: `python -m jaxvp.plan`."""

@@ -1,0 +1,3 @@
+from jaxvp.plan.plan import run
+
+run()

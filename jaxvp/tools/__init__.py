@@ -1,0 +1,1 @@
+"""Commands that join data, models and weights."""
