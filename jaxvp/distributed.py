@@ -45,8 +45,8 @@ def processes(silence: float = 60, **where):
 
 
 def join(address: str | None = None, num_processes: int | None = None,
-               process_id: int | None = None, timeout: float = 300,
-               silence: float = 60) -> Lifeline | None:
+         process_id: int | None = None, timeout: float = 300,
+         silence: float = 60) -> Lifeline | None:
     """Joins the processes of a run; `processes` does it for the commands.
 
     Where they come from: the arguments, else the environment variables VARIABLES, else Slurm,
