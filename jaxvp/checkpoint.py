@@ -2,7 +2,7 @@
 
 `<workdir>/checkpoints/<step>` holds the Orbax items params, ema, opt_state (trees of arrays) and
 progress, data, assets (JSON): the step and its metrics, the position of the data iterator, and what
-a reader needs beside the numbers (config, statistics, git revision, versions).
+a reader needs in addition to the numbers (config, statistics, git revision, versions).
 """
 
 import contextlib
@@ -177,7 +177,7 @@ class Checkpoints:
           state: {"params", "ema", "opt_state"}.
           data: state of the data iterator, JSON values.
           assets: from `run_assets`.
-          progress: JSON values that are kept beside the step, such as metrics.
+          progress: JSON values that are kept with the step, such as metrics.
           validation: the metric by which the best checkpoint is kept, lower is better.
 
         Raises:
@@ -206,7 +206,7 @@ class Checkpoints:
                 restored = _restore(self.directory / str(step), abstract)
             except DamagedError as found:
                 error = found
-            if distributed.total(error is not None):  # Damage may lie in what one process reads.
+            if distributed.total(error is not None):  # Damage may be in what one process reads.
                 damaged[step] = error or DamagedError(f"{self.directory / str(step)} cannot be "
                                                       "read by another process.")
                 continue

@@ -1,4 +1,4 @@
-"""The device mesh, and which parameter and which batch dimension lies on which of its axes.
+"""The device mesh, and which parameter and which batch dimension is on which of its axes.
 
 Axes, slowest network first: `data` replicates parameters, `fsdp` shards parameters and batch,
 `context` shards tokens, `tensor` shards widths. XLA adds the communication (axis type Auto).
@@ -77,12 +77,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def state_shardings(mesh: jax.sharding.Mesh, state: dict,
                     specs: Sequence[tuple[str, Sequence]]) -> dict:
-    """Where every leaf of a training state lies.
+    """Where every leaf of a training state is placed.
 
     Args:
       mesh: from `make_mesh`.
       state: {"params": tree, ...} of arrays or ShapeDtypeStructs. Outside of params, a leaf whose
-        name ends with that of a parameter of its shape lies as the parameter does (EMA, moments
+        name ends with that of a parameter of its shape is placed as the parameter is (EMA, moments
         of the optimizer); any other is replicated.
       specs: ordered (regex of a parameter's whole name, spec); a spec has one entry per dimension,
         the name of an axis, a tuple of names or None. No match: replicated.

@@ -1,5 +1,5 @@
-"""What a config trains, where it lies, and the one step that does it: train.py runs it, plan.py
-compiles it for machines that are not there."""
+"""What a config trains, where that is placed, and the one step that does it: train.py runs
+it, plan.py compiles it for machines that are not there."""
 
 import dataclasses
 import re
@@ -103,7 +103,7 @@ class Step:
       stage: of the method; spec: of the clips that this stage sees.
       abstract: the state {"params", "ema", "opt_state"} as ShapeDtypeStructs with shardings. The
         averages, "ema", are of the parts of the parameters of which something is trained.
-      init: () -> state, jitted: every leaf is made where it lies.
+      init: () -> state, jitted: every leaf is made on its own devices.
       update: (state, clip, number) -> (state, metrics), jitted, the state donated; `number` counts
         the updates that were done before.
       rules: tree like the parameters of `optim.Rule`.
@@ -119,7 +119,7 @@ class Step:
     rules: dict
 
     def describe(self):
-        """Prints what is trained and where it lies."""
+        """Prints what is trained and where it is placed."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract["params"])
         rich.print(optim.resolved_table(self.abstract["params"], self.rules, shardings))
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract))
@@ -203,7 +203,7 @@ def init_parts(method: base.Method, parts: Iterable[str], seed: int = 0) -> dict
 
 
 def clip_keys(seed: int, number: jax.Array, batch_size: int) -> jax.Array:
-    """One PRNG key for each clip of batch `number`: the same wherever and beside whom it lies."""
+    """One PRNG key for each clip of batch `number`: the same in any batch."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), batch_size)
 
 
@@ -338,7 +338,7 @@ def gradients(loss: Callable, params, clip: Mapping, keys: jax.Array, microbatch
     """Value, metrics and gradients of the mean of `loss(params, clip, keys)` over the batch.
 
     With microbatches, every `data` replica adds up gradients of its own, and they are reduced over
-    the replicas once, after the last: the sums have a leading dimension that lies on `data`.
+    the replicas once, after the last: the sums have a leading dimension that is on `data`.
 
     Args:
       loss: returns (scalar, numbers), means over the rows that it is given.

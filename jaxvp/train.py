@@ -52,7 +52,7 @@ def train(raw_config: Mapping, workdir: epath.PathLike, dry_run: bool = False):
     Args:
       raw_config: the fields of `step.TrainConfig`.
       workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and samples/.
-      dry_run: only prints what would be trained, where it lies and how large it is.
+      dry_run: only prints what would be trained, where it is and how large it is.
 
     Raises:
       ConfigError, UserError: something does not fit; before any device time.

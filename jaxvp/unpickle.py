@@ -1,6 +1,6 @@
 """Pickles of NumPy arrays and plain Python values, without the code that a pickle could run.
 
-NumPy's own code for pickles is run on checked values only: it believes in dtypes whose fields lie
+NumPy's own code for pickles is run on checked values only: it believes in dtypes whose fields are
 outside the item, in flags, and in lists that are too short, and then reads any memory.
 """
 

@@ -10,7 +10,7 @@ RAW holds the download with its archives unpacked:
     python -m data_builders.build agibot --out=DIR --raw=RAW --hand=dexhand
 
 task_info cuts an episode into segments with an instruction each; every segment becomes an episode,
-"327/648649/0". What lies between segments has no instruction: --unlabelled says whether it stays.
+"327/648649/0". What is between segments has no instruction: --unlabelled says whether it stays.
 The release of 2026 has another format: the builder agibot_2026.
 """
 

@@ -5,7 +5,7 @@ LeRobot datasets of format 2.1: unpack each into a folder of its own. RAW is any
 
     python -m data_builders.build agibot_2026 --out=DIR --raw=RAW
 
-Where a dimension lies in the vectors differs from task to task: info.json says it. The instruction
+Where a dimension is in the vectors differs from task to task: info.json says it. The instruction
 of a step is that of its segment on the track `default`; between segments it is the task's.
 """
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, report.html, videos."""
+"""What an evaluation writes: results.json, report.html, videos."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from jaxvp.versions import versions
 from jaxvp.video import write_video
 
 PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "numpy")
-# So many videos of each task are on the page, failures first; the others are beside it.
+# So many videos of each task are on the page, failures first; the others are files next to it.
 VIDEOS_ON_PAGE = 6
 
 
@@ -53,7 +53,7 @@ def latency(seconds: Sequence[float]) -> dict | None:
 
 
 def video_path(episode: Episode, instruction: str) -> str:
-    """Where an episode's video lies in the folder of the evaluation."""
+    """Where an episode's video is in the folder of the evaluation."""
     words = re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:100]
     outcome = "success" if episode.success else "failure"
     return f"videos/{episode.task}/{episode.trial:03d}_{outcome}_{words}.mp4"

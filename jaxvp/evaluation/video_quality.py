@@ -17,7 +17,7 @@ def ssim(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Structural similarity (Wang et al. 2004): uint8[..., H, W, 3] -> float64[...] in [-1, 1].
 
     Per colour channel with the paper's 11 x 11 Gaussian window (sigma 1.5), K1 = 0.01, K2 = 0.03,
-    over the places where the whole window lies inside the image; images are at least 11 x 11.
+    over the places where the whole window is inside the image; images are at least 11 x 11.
     """
     height, width = truth.shape[-3:-1]
     if min(height, width) < 11:

@@ -25,7 +25,7 @@ class Stage:
 
     Attributes:
       trains: parts of the parameters that are trained.
-      reads: parts that exist beside them and are not trained.
+      reads: parts that exist too and are not trained.
       window: what a clip of this stage shows; the method's spec covers it.
     """
 
@@ -46,7 +46,7 @@ class Extra:
     Attributes:
       shape: of one clip's array; parts: of the parameters that it is computed with.
       compute: (params, clip) -> float32[B, *shape], of a clip's video, view_mask and frame_mask.
-      identity: what it depends on beside clip and parameters, JSON values.
+      identity: what it depends on, apart from clip and parameters, JSON values.
     """
 
     shape: tuple[int, ...]

@@ -91,7 +91,7 @@ class VideoModel(LatentSpace):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Parts that it needs beside them."""
+        """Parts that it needs in addition."""
         return ("text", "codec") if self.spec.text_width else ("codec",)
 
     @property

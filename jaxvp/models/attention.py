@@ -178,7 +178,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto
       mask: which keys a query sees, see `BlockCausal`; None: all. Places are counted over all
         keys, `past` among them, and the queries are the last N places. "chunked" and "splash"
         leave out what nobody sees, and only "xla" and "cudnn" hold a mask [N, M].
-      past: keys and values [B, P, K, E] that come before k and v; their tokens lie as those of k.
+      past: keys and values [B, P, K, E] that come before k and v; their tokens are as those of k.
 
     Returns:
       [B, N, K, E], of the dtype of q.

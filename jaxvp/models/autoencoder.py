@@ -16,7 +16,7 @@ class Codec(Protocol):
 
     Attributes:
       channels: c, of the latents.
-      first_frames: video frames behind the first latent frame. Codecs are causal: these frames,
+      first_frames: video frames of the first latent frame. Codecs are causal: these frames,
         encoded alone, give the first latent frame of any clip that begins with them.
     """
 

@@ -43,8 +43,8 @@ SIZES = {
                "text_width": 128},
 }
 
-# Where parameters lie: ordered (regex of the name, spec). Over `tensor`, columns before and rows
-# behind attention and feed-forward layer (Megatron-LM, arXiv 1909.08053); over `fsdp`, the other
+# Where parameters are: ordered (regex of the name, spec). Over `tensor`, columns before and rows
+# after attention and feed-forward layer (Megatron-LM, arXiv 1909.08053); over `fsdp`, the other
 # dimension. What no rule names is small, and replicated.
 WAN_RULES = (
     ("blocks/attn[12]/to_[qkv]/kernel", (None, "fsdp", "tensor")),
@@ -63,7 +63,7 @@ WAN_RULES = (
 
 _ATTENTION = policies.save_only_these_names("attention")
 
-# What a block keeps for its backward pass, beside its input; the rest is computed again.
+# What a block keeps for its backward pass, in addition to its input; the rest is computed again.
 REMAT = {
     "full": policies.nothing_saveable,
     "attention": _ATTENTION,
@@ -236,7 +236,7 @@ class VideoTransformer:
           text: float32[B, M, text_width], or its `text_cache`; padding rows are not masked, as in
             Wan.
           taps: numbers of the blocks whose output is wanted (0 .. layers - 1).
-          velocity: False: only the features are wanted; blocks behind the last tap do not run.
+          velocity: False: only the features are wanted; blocks after the last tap do not run.
           mask: which tokens see which in self-attention, places counted from the first of `past`;
             None: each sees all. A frame has h*w / (patch height * width) tokens.
           past: keys and values of the P tokens of the frames before these, [L, B, P, K, E] each,
@@ -325,7 +325,7 @@ class VideoTransformer:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(kernel: jax.Array, spec: tuple) -> jax.Array:
-    """A kernel that lies as `spec`, all-gathered along fsdp; its gradient is scattered again.
+    """A kernel placed as `spec`, all-gathered along fsdp; its gradient is scattered again.
 
     Said where the kernel is used, inside of the scan over blocks: the compiler would otherwise
     rather split the activations by the kernel's rows and all-reduce what comes out.

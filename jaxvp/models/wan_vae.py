@@ -209,7 +209,7 @@ class Stream:
         return self.past is None
 
     def extend(self, x: jax.Array, frames: int) -> jax.Array:
-        """`x[B, T, ...]` behind the `frames` frames before it; at the start of the clip, where
+        """`x[B, T, ...]` after the `frames` frames before it; at the start of the clip, where
         they are zeros, as it is."""
         whole = x if self.starts else jnp.concatenate([self.past[len(self.seen)], x], axis=1)
         missing = max(0, frames - whole.shape[1])

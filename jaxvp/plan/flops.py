@@ -44,7 +44,7 @@ def model_flops(config: step.TrainConfig, built: step.Step) -> collections.Count
 
 
 def abstract_inputs(built: step.Step, rows: int) -> tuple[dict, dict, jax.Array]:
-    """Parameters, clip and keys of the loss of `rows` clips, as ShapeDtypeStructs that lie
+    """Parameters, clip and keys of the loss of `rows` clips, as ShapeDtypeStructs that are
     nowhere."""
     nowhere = AbstractMesh((1,) * len(sharding.AXES), sharding.AXES)
     fitted = dataclasses.replace(built.spec, source_size=())

@@ -16,7 +16,7 @@ BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Shape of one array; `memory` is the space that it lies in, `tile` pads its minor axes."""
+    """Shape of one array; `memory` is the space that it is in, `tile` pads its minor axes."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -123,7 +123,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")

@@ -36,7 +36,7 @@ class Operation:
     """What one instruction does in all of its `times` runs together.
 
     `hbm` and `host` are bytes read and written there; `cycles` what the compiler of TPUs expects,
-    0 where it does not say; `background`: it runs beside others; `source`: the operation of the
+    0 where it does not say; `background`: it overlaps with others; `source`: the operation of the
     program that it serves.
     """
 
@@ -290,7 +290,7 @@ def taps(size, count, kernel, stride, low, dilate, spread) -> int:
 
 
 def _traffic(module, computation, instruction) -> tuple[float, float]:
-    """Bytes in HBM and in host memory that one run reads and writes; what lies on the chip is free,
+    """Bytes in HBM and in host memory that one run reads and writes; what is on the chip is free,
     of a slice only the slice moves."""
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done") or not instruction.type:

@@ -13,7 +13,7 @@ The bound is the largest of four times at full rate, as if all overlapped perfec
 FLOPs, recomputation included; the bytes of HBM; collectives inside of a slice; those between
 slices. The estimate adds what runs one after the other: each operation at the slowest of its FLOPs,
 its bytes and (matrix products) the cycles that the compiler expects, and the collectives that it
-did not put beside computation. Neither sees vector work (norms, softmax, modulation) that HBM does
+did not overlap. Neither sees vector work (norms, softmax, modulation) that HBM does
 not bound, what attention kernels lose against the peak, contention of collectives, waiting for the
 slowest host, or the input pipeline. Nothing here was measured on a TPU.
 """
@@ -57,7 +57,7 @@ class Plan:
     Attributes:
       topology, chips, mesh, batch_size, microbatches: what is planned.
       parameters: numbers in each part of the model.
-      memory: bytes by class; host_memory: those that lie in the host's.
+      memory: bytes by class; host_memory: those that are in the host's.
       hbm_bytes_per_chip, hbm_capacity_bytes, fits: their sum, what there is, whether it is enough.
       model_flops: of the whole step by component, without recomputation.
       compiled_flops, bytes_moved: matrix products that the chip does, bytes of HBM that it moves.
@@ -252,7 +252,7 @@ def _compile(plan: Plan, config, built, machine: Machine):
 
 
 def _needed(message: str, state: float) -> float:
-    """Bytes beside the state in the compiler's complaint that memory is short; other complaints
+    """Bytes over the state in the compiler's complaint that memory is short; other complaints
     are raised again."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)

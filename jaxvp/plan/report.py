@@ -47,7 +47,7 @@ def report(plan, console: rich.console.Console):
 
 
 def _report_times(plan, console: rich.console.Console):
-    table = rich.table.Table("collective", "axes", "MiB each", "times", "ms", "beside compute")
+    table = rich.table.Table("collective", "axes", "MiB each", "times", "ms", "overlapped")
     merged = {}
     for c in plan.collectives:
         key = c["kind"], c["axes"], c["bytes"], c["background"]

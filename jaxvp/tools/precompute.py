@@ -51,7 +51,7 @@ class Encoder:
     Attributes:
       spec: of the clips.
       shapes: of the arrays that are computed, by name.
-      settings: by name, what an array depends on beside the pictures, JSON values; kept with every
+      settings: by name, what an array depends on, apart from the pictures, as JSON; kept with every
         record.
     """
 

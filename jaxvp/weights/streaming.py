@@ -233,7 +233,7 @@ def _entry(file: Path, key: str, entry, data: int) -> tuple[Tensor, tuple[int, i
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one parameter lies in the files.
+    """Where one parameter is in the files.
 
     Attributes:
       keys: the key of its tensor; a tuple of keys: of one tensor for each index of its leading
@@ -303,7 +303,7 @@ def load(tensors: Mapping[str, Tensor], key_map: KeyMap, abstract, *, absent: Se
 
     Args:
       tensors: see Tensors.
-      key_map: says where each parameter lies.
+      key_map: says where each parameter is.
       abstract: nested dict of jax.ShapeDtypeStruct; those with a `sharding` are built so, the
         others on the default device. Numbers are cast to the dtype that it asks for.
       absent: regexes of names of parameters that may be in no file; `init()` initialises them.

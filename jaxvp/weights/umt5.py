@@ -32,7 +32,7 @@ _UNUSED = ("shared.weight", "encoder.embed_tokens.weight", "decoder..*", "lm_hea
 
 
 def key_map(layers: int, tensors: Mapping) -> dict[str, Stored]:
-    """Where each parameter lies in `tensors`, in whichever of the two spellings they have."""
+    """Where each parameter is in `tensors`, in whichever of the two spellings they have."""
     original = "token_embedding.weight" in tensors
     embedding = next((key for key in ("token_embedding.weight", "shared.weight")
                       if key in tensors), "encoder.embed_tokens.weight")

@@ -55,7 +55,7 @@ SCHEDULES = {"prediction_type": ("flow_prediction",), "num_train_timesteps": (10
 
 
 def key_map(transformer: VideoTransformer, spelling: str = "diffusers") -> KeyMap:
-    """Where every parameter of the transformer lies in Wan's files, in one of SPELLINGS."""
+    """Where every parameter of the transformer is in Wan's files, in one of SPELLINGS."""
     column = list(SPELLINGS).index(spelling)
     found = {}
     for name in named_leaves(jax.eval_shape(transformer.init, jax.random.key(0))):
@@ -104,7 +104,7 @@ def load(path: str | Path, transformer: VideoTransformer, abstract=None, *,
       transformer: of the size of the weights. Where it has more in_channels than weights that
         take noisy latents alone, the weights of the condition start at zero: it computes what they
         do, until it is trained.
-      abstract: like `transformer.init`: jax.ShapeDtypeStruct (dtype, sharding) or arrays that lie
+      abstract: like `transformer.init`: jax.ShapeDtypeStruct (dtype, sharding) or arrays that are
         as the result shall; by default float32 on the default device.
       absent, init: see `streaming.load`: parameters that may be in no file are initialised.
 

@@ -36,7 +36,7 @@ _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "gamma"}
 
 
 def key_map(vae: WanVAE, original: bool = False) -> dict[str, Stored]:
-    """Where each parameter of `vae` lies: under diffusers' keys, or (`original`) Wan's own."""
+    """Where each parameter of `vae` is: under diffusers' keys, or (`original`) Wan's own."""
     return {name: Stored(_key(name, vae.sizes.residual, original), _pattern(name, leaf.ndim))
             for name, leaf in named_leaves(_abstract(vae)).items()}
 
