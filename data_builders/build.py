@@ -86,6 +86,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Builder]):
         if field.default is not dataclasses.MISSING:
             shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             settings |= {"default": field.default, "help": f"{settings['help']} [{shown}]"}
+        settings["help"] = settings["help"].replace("%", "%%")  # argparse formats it.
         if types[field.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types[field.name]) is tuple:

@@ -21,12 +21,13 @@ import runpy
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
+from jaxvp.envs.rendering import ROTATIONS, Images
 from jaxvp.errors import UserError
 
 BASE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -36,7 +37,6 @@ PRO_SUITES = tuple(f"{suite}_{perturbation}" for suite in BASE_SUITES[:4]
                    for perturbation in PERTURBATIONS)
 SUITES = BASE_SUITES + PRO_SUITES
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # Ours to LIBERO's.
-ROTATIONS = {"180": np.s_[::-1, ::-1], "flip": np.s_[::-1], "none": np.s_[:]}
 FPS = 20
 ROBOT = "libero_panda"
 CAMERA_TEXT = "front and wrist camera"
@@ -234,30 +234,6 @@ def from_libero(action: np.ndarray) -> np.ndarray:
     return np.concatenate([action[..., :6], gripper], -1, dtype=np.float32)
 
 
-class Images(Mapping):
-    """Camera to uint8[H, W, 3] of one moment, rendered when first read, before the next step.
-
-    OSMesa takes 40 ms for an image of any size, physics 10 ms for a step, and a policy that
-    executes chunks of actions looks once per chunk.
-    """
-
-    def __init__(self, env: "LiberoEnv"):
-        self._env, self._moment, self._images = env, env.moment, {}
-
-    def __getitem__(self, camera: str) -> np.ndarray:
-        if camera not in self._images:
-            if self._moment != self._env.moment:
-                raise RuntimeError(f"{camera} must be read before the environment's next step.")
-            self._images[camera] = self._env.render(camera)
-        return self._images[camera]
-
-    def __iter__(self):
-        return iter(self._env.cameras)
-
-    def __len__(self):
-        return len(self._env.cameras)
-
-
 class LiberoEnv:
     """One task of a suite.
 
@@ -291,7 +267,7 @@ class LiberoEnv:
 
         self.instruction = instruction(suite, task)
         self.image_size, self.rotation, self.cameras = image_size, rotation, tuple(cameras)
-        self.moment = 0  # Counts changes of the simulator's state.
+        self._moment = 0  # Counts changes of the simulator's state.
         # The wrapper around this environment repeats a reset that fails, whatever the error is.
         self._env = OffScreenRenderEnv(
             bddl_file_name=str(bddl), use_camera_obs=False, ignore_done=True
@@ -359,7 +335,7 @@ class LiberoEnv:
         import mujoco
         from robosuite.utils import transform_utils
 
-        self.moment += 1
+        self._moment += 1
         sim, robot = self._env.sim, self._env.robots[0]
         # After a step, positions are one physics step behind. mj_forward would warm-start the
         # solver, and so change the motion a little.
@@ -372,7 +348,7 @@ class LiberoEnv:
             sim.data.qpos[robot._ref_gripper_joint_pos_indexes],
         ]
         return {
-            "images": Images(self),
+            "images": Images(self.cameras, self.render, lambda: self._moment),
             "state": np.concatenate(state, dtype=np.float32),
             "instruction": self.instruction,
             "robot": ROBOT,

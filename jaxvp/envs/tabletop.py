@@ -117,10 +117,9 @@ class TabletopEnv(gymnasium.Env):
     def step(self, action):
         """-> (observation, reward, terminated, truncated, info). Raises UserError for an action
         that is not 8 finite numbers."""
-        self._advance(action)
-        info = self._info()
+        success = self.advance(action)
         truncated = self.steps >= self.max_steps
-        return self._observe(), float(info["success"]), info["success"], truncated, info
+        return self._observe(), float(success), success, truncated, self._info()
 
     def expert_action(self):
         """float32[8]: what the scripted expert does now: the next position on the way to its
@@ -142,10 +141,18 @@ class TabletopEnv(gymnasium.Env):
 
     def render(self):
         """uint8[H, 3W, 3]: the three cameras side by side."""
-        return np.concatenate([self._image(camera) for camera in CAMERAS], axis=1)
+        return np.concatenate([self.image(camera) for camera in CAMERAS], axis=1)
 
-    def _advance(self, action):
-        """The physics of one step, without pictures."""
+    def image(self, camera):
+        """uint8[H, W, 3]: what a camera sees now."""
+        world = self.world
+        return render.draw(
+            self.background, world.bodies, world.positions, world.arms, camera, self.image_size
+        )
+
+    def advance(self, action):
+        """The physics of a step, without pictures -> bool, whether the task is done. Raises as
+        `step`."""
         action = np.asarray(action, np.float64)
         if action.shape != (8,) or not np.isfinite(action).all():
             names = ", ".join(ACTION_NAMES)
@@ -154,19 +161,14 @@ class TabletopEnv(gymnasium.Env):
         noise = self.np_random.normal(size=(2, 3)) * self.disturbance
         self.world.advance(action.reshape(2, 4), noise)
         self.steps += 1
+        return bool(tasks.is_success(self.task, self.world))
 
     def _snapshot(self):
         return self.world.positions.copy(), self.world.arms.copy()
 
-    def _image(self, camera):
-        world = self.world
-        return render.draw(
-            self.background, world.bodies, world.positions, world.arms, camera, self.image_size
-        )
-
     def _observe(self):
         state = self.world.arms.reshape(-1).astype(np.float32)
-        return {camera: self._image(camera) for camera in CAMERAS} | {"state": state}
+        return {camera: self.image(camera) for camera in CAMERAS} | {"state": state}
 
     def _info(self):
         return {

@@ -92,16 +92,17 @@ def results(protocol: Protocol, rows: Sequence[Mapping], **about) -> dict:
 
 
 def write(out: Path, found: Mapping, other: compare.Result | None = None):
-    """Writes results.json and report.html.
+    """Writes report.html, then results.json, whole: with it the evaluation is finished.
 
     Args:
       out: the folder.
       found: `results(...)`.
       other: what it is compared with; `compare.check_comparable` has passed.
     """
-    with naming(out / "results.json"):
-        (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     page.write(out / "report.html", compare.Result(out, found), other)
+    with naming(unfinished := out / "results.json.incomplete"):
+        unfinished.write_text(json.dumps(found, indent=2) + "\n")
+    unfinished.replace(out / "results.json")
 
 
 def define_flags():

@@ -49,6 +49,13 @@ def test_two_workers_write_what_one_writes(tmp_path):
     assert not (one / "shards").exists()
 
 
+@pytest.mark.parametrize("name", build.builder_names())
+def test_the_options_of_every_builder_are_shown(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        build.parse([name, "--help"])
+    assert not end.value.code and "--num_workers" in capsys.readouterr().out
+
+
 def test_a_build_killed_before_its_last_step_is_finished_by_the_next(tmp_path, monkeypatch):
     builder, out = Toy(), tmp_path / "out"
     replace = writer.os.replace

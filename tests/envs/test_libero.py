@@ -169,24 +169,6 @@ def test_demonstrations_with_missing_parts_are_named(tmp_path):
             libero.demonstration(group)
 
 
-def test_images_are_rendered_once_and_not_after_the_next_step():
-    class Env:
-        moment, rendered, cameras = 0, [], ("agentview", "wrist")
-
-        def render(self, camera):
-            self.rendered.append(camera)
-            return np.zeros((2, 2, 3), np.uint8)
-
-    env = Env()
-    images = libero.Images(env)
-    assert list(images) == ["agentview", "wrist"] and not env.rendered
-    assert images["wrist"] is images["wrist"] and env.rendered == ["wrist"]
-    env.moment += 1
-    assert images["wrist"].shape == (2, 2, 3)
-    with pytest.raises(RuntimeError, match="agentview must be read before"):
-        images["agentview"]
-
-
 @simulator
 def test_every_suite_has_its_tasks_and_fifty_initial_states():
     assert [len(libero.tasks(suite)) for suite in libero.BASE_SUITES] == [10, 10, 10, 10, 90]

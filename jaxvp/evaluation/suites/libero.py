@@ -176,7 +176,7 @@ class LiberoSuite:
 class LiberoTask:
     """One task under a protocol; implements `protocol.SimEnv`.
 
-    The images of an observation are rendered when they are first read, see `libero.Images`.
+    The images of an observation are rendered when they are first read, see `rendering.Images`.
     """
 
     def __init__(self, protocol: Protocol, task: str):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from jaxvp.envs import tabletop
+from jaxvp.envs.rendering import Images
 from jaxvp.envs.tabletop_world import HIGH, LOW
 from jaxvp.errors import UserError
 from jaxvp.evaluation import demonstrations
@@ -101,22 +102,25 @@ class TabletopSuite:
 
 
 class TabletopTask:
-    """One task of a suite; implements `protocol.SimEnv`, with an expert."""
+    """One task of a suite; implements `protocol.SimEnv`, with an expert.
+
+    The images of an observation are rendered when they are first read, see `rendering.Images`.
+    """
 
     def __init__(self, env: tabletop.TabletopEnv):
-        self._env = env
+        self._env, self._moment = env, 0
 
     def reset(self, trial: int) -> Observation:
-        observation, info = self._env.reset(seed=FIRST_SEED + trial)
-        return self._observation(observation, info)
+        self._env.reset(seed=FIRST_SEED + trial)
+        return self._observation()
 
     def reset_to(self, initial: np.ndarray) -> Observation:
         """Starts the trial with the number `initial`: an episode follows from its seed."""
         return self.reset(int(initial))
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        observation, _, success, _, info = self._env.step(action)
-        return self._observation(observation, info), success
+        success = self._env.advance(action)
+        return self._observation(), success
 
     def expert_action(self) -> np.ndarray:
         return self._env.expert_action()
@@ -124,10 +128,11 @@ class TabletopTask:
     def close(self):
         self._env.close()
 
-    def _observation(self, observation, info) -> Observation:
+    def _observation(self) -> Observation:
+        env, self._moment = self._env, self._moment + 1
         return {
-            "images": {camera: observation[camera] for camera in tabletop.CAMERAS},
-            "state": observation["state"],
-            "instruction": info["instruction"],
+            "images": Images(tabletop.CAMERAS, env.image, lambda: self._moment),
+            "state": env.world.arms.reshape(-1).astype(np.float32),
+            "instruction": env.task.instruction,
             "robot": tabletop.ROBOT,
         }
