@@ -12,7 +12,6 @@ agree. Rendering is slow whatever the size of the images: benchmarks/results/lib
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,7 +154,7 @@ class Builder(builder.Builder):
 
     def _replayed(self, suite: str, task: str, states: np.ndarray, action: np.ndarray):
         """(images, state, action) as the simulator shows them."""
-        env = _environment(suite, task, self.image_size, self.rotation)
+        env = libero.the_environment(suite, task, self.image_size, self.rotation)
         observation, success = env.reset(states[0]), False
         steps = self._kept(action)
         seen = []
@@ -194,9 +193,3 @@ def check_late(group: h5py.Group, states: np.ndarray):
             f"{group.file.filename}: {group.name}/obs shows the arm before each action, not after "
             "it as in LIBERO's published files: use --alignment=as_is."
         )
-
-
-@functools.lru_cache(maxsize=1)
-def _environment(*settings) -> libero.LiberoEnv:
-    """The simulator of the present task: making one takes seconds."""
-    return libero.LiberoEnv(*settings)

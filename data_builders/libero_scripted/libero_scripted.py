@@ -8,7 +8,6 @@ states. How often the expert succeeds, and how fast: benchmarks/results/libero_e
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -91,7 +90,7 @@ class Builder(builder.Builder):
 
     def build(self, item: tuple[str, str, int]):
         suite, task, seed = item
-        env = _environment(suite, task, self.image_size, self.rotation)
+        env = libero.the_environment(suite, task, self.image_size, self.rotation)
         rng = np.random.default_rng([seed, *task.encode()])
         drawn, noisy, pushed = rng.random(3)
         placement = ("permuted" if drawn < self.permuted
@@ -124,9 +123,3 @@ class Builder(builder.Builder):
             source=f"{suite}/{task}/{seed}: {placement}",
             options=self.options() | {"frame_stride": stride},
         )
-
-
-@functools.lru_cache(maxsize=1)
-def _environment(*settings) -> libero.LiberoEnv:
-    """The simulator of the present task: making one takes seconds."""
-    return libero.LiberoEnv(*settings)

@@ -227,6 +227,23 @@ class Clips:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def acting(self) -> int:
+        """The number of clips of records with actions."""
+        return int(self._acting[1][-1]) if len(self._acting[1]) else 0
+
+    def acting_clip(self, index: int) -> int:
+        """The number among all clips of the `index`-th of those of records with actions."""
+        records, ends = self._acting
+        place = int(np.searchsorted(ends, index, side="right"))
+        return int(self._ends[records[place]]) - (int(ends[place]) - index)
+
+    @functools.cached_property
+    def _acting(self) -> tuple[np.ndarray, np.ndarray]:
+        """The records with actions, and where the clips of each end among theirs."""
+        records = np.flatnonzero(self.episodes.has_action)
+        return records, np.cumsum(self._counts[records], dtype=np.int64)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One clip: the arrays of a batch without B; raises as `fill`."""
         clip = self.spec.empty()

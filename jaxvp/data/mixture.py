@@ -223,21 +223,47 @@ def _batches(
         raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the {process_count} processes."
         )
+    def parts(rows: int, seed, acting: bool = False) -> grain.MapDataset:
+        # Parts of one batch follow each other: part p of batch n is number n * process_count + p.
+        examples = _examples(config, clips, seed, acting)
+        return examples[:ENDLESS].batch(rows, batch_fn=list)[process_index::process_count]
+
+    rows = batch_size // process_count
+    if future_every == 1:
+        addresses = parts(rows, seed)
+    else:
+        videos = parts(rows // future_every, seed)
+        actions = parts(rows - rows // future_every, [seed, 1], acting=True)
+        addresses = grain.MapDataset.range(len(actions)).map(
+            lambda number: _interleaved(videos[number], actions[number]))
+    return addresses.map(BatchReader(clips, config.num_threads, kept, future_every))
+
+
+def _examples(config: DataConfig, clips: Mapping[int, Clips], seed, acting: bool
+              ) -> grain.MapDataset:
+    """The endless order of clips as (number of the source, number of the clip) of all of them, or
+    of those of records with actions."""
+    counts = {number: source.acting if acting else len(source) for number, source in clips.items()}
+    if not any(counts.values()):
+        raise UserError(f"No record of {', '.join(str(c.episodes.folder) for c in clips.values())} "
+                        "has actions to train on: add a source that has some.")
     seeds = np.random.SeedSequence(seed).generate_state(len(clips))
-    examples = [
-        grain.MapDataset.range(len(source)).seed(int(source_seed)).shuffle().repeat().map(
-            functools.partial(_address, number))
-        for (number, source), source_seed in zip(clips.items(), seeds, strict=True)
-    ]
-    weights = [config.sources[number].weight for number in clips]
-    if None in weights:
-        weights = [len(source) for source in clips.values()]
-    mixed = grain.MapDataset.mix(examples, weights)
-    # Parts of one batch follow each other: part p of batch n is number n * process_count + p.
-    parts = mixed[:ENDLESS].batch(batch_size // process_count, batch_fn=list)
-    return parts[process_index::process_count].map(
-        BatchReader(clips, config.num_threads, kept, future_every))
+    examples, weights = [], []
+    for (number, count), source_seed in zip(counts.items(), seeds, strict=True):
+        if count:
+            examples.append(
+                grain.MapDataset.range(count).seed(int(source_seed)).shuffle().repeat().map(
+                    functools.partial(_address, number, clips[number] if acting else None)))
+            weights.append(config.sources[number].weight or count)
+    return grain.MapDataset.mix(examples, weights)
 
 
-def _address(number: int, clip: int) -> tuple[int, int]:
-    return number, clip
+def _address(number: int, acting: Clips | None, clip: int) -> tuple[int, int]:
+    return number, acting.acting_clip(clip) if acting else clip
+
+
+def _interleaved(videos: list, actions: list) -> list:
+    """One of `videos` before each of as many equal runs of `actions`."""
+    run = len(actions) // len(videos)
+    return [address for i, video in enumerate(videos)
+            for address in (video, *actions[i * run:(i + 1) * run])]

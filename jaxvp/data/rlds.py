@@ -272,7 +272,7 @@ class Episodes:
       rows: the index, a record_index.ROW for every record.
       lengths, offsets: int32[records], steps and the number of the first step in its episode.
       fps: float32[records].
-      has_action: bool[records].
+      has_action: bool[records]; a reader may set some to False, to do without their actions.
       damaged: number in the split to message, of records that cannot be read and are left out.
     """
 
@@ -323,6 +323,7 @@ class Episodes:
         """The same with these records alone: their numbers, or bool[records]."""
         part = copy.copy(self)
         part._take(self.rows[records])
+        part.has_action = self.has_action[records]
         return part
 
     def __len__(self) -> int:

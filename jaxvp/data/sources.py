@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, build
+from jaxvp.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+    build,
+)
 from jaxvp.data import normalize, rates, rlds
 from jaxvp.data.augment import NONE, Augmentation
 from jaxvp.data.normalize import Normalizer
@@ -33,6 +41,8 @@ class SourceConfig:
       robots: the only ones whose episodes are kept; (): all.
       min_views: views of the clip that an episode must have.
       min_seconds: shorter episodes are left out.
+      labelled: share of the episodes of `split` whose actions are trained on; the others are as of
+        a dataset without actions. A hash of an episode's id decides.
     """
 
     path: str
@@ -44,6 +54,7 @@ class SourceConfig:
     robots: tuple[str, ...] = ()
     min_views: NonNegativeInt = 0
     min_seconds: NonNegativeFloat = 0.0
+    labelled: Share = 1.0
 
     def __post_init__(self):
         if self.validation_fraction and self.validation_split:
@@ -212,7 +223,7 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
         "min_seconds": rates.at_least(episodes.seconds(), source.min_seconds),
     }
     if source.validation_fraction:
-        drawn = episodes.where("episode_id", lambda name: _draw(name) < source.validation_fraction)
+        drawn = _drawn(episodes, "", source.validation_fraction)
         if not np.logical_and.reduce([drawn, *kept.values()]).any():
             raise UserError(f"The validation_fraction {source.validation_fraction} of "
                             f"{episodes.folder}, {len(episodes)} records, holds no episode out: "
@@ -223,9 +234,15 @@ def open_source(config: DataConfig, source: SourceConfig, held_out: bool = False
         counts = ", ".join(f"{name} keeps {passed.sum()}" for name, passed in kept.items())
         raise UserError(f"No episode of {episodes.folder} {split} is left: of {len(episodes)} "
                         f"records {counts}.")
-    return episodes.only(mask)
+    episodes = episodes.only(mask)
+    if not held_out and source.labelled < 1:
+        episodes.has_action &= _drawn(episodes, "labelled/", source.labelled)
+    return episodes
 
 
-def _draw(name: str) -> float:
-    """A number from 0 to 1, always the same for a name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+def _drawn(episodes: Episodes, purpose: str, share: float) -> np.ndarray:
+    """bool[records], always the same: those of about this share of the episodes."""
+    def number(name):
+        return int.from_bytes(hashlib.sha256((purpose + name).encode()).digest()[:8])
+
+    return episodes.where("episode_id", lambda name: number(name) < share * 2**64)

@@ -43,6 +43,8 @@ def digest(sources: Sequence[Episodes]) -> str:
     digest = hashlib.sha256()
     for episodes in sources:
         part = episodes.digest.encode() + episodes.rows["number"].tobytes()
+        if (hidden := episodes.rows["has_action"] & ~episodes.has_action).any():
+            part += hidden.tobytes()
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 

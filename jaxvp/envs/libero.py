@@ -355,6 +355,19 @@ class LiberoEnv:
         }
 
 
+_open: dict[tuple, LiberoEnv] = {}
+
+
+def the_environment(*settings) -> LiberoEnv:
+    """A `LiberoEnv` of these settings, the only one of its kind: making one takes seconds, and the
+    one before, a gigabyte, is closed. For builders, which go through the tasks in turn."""
+    if settings not in _open:
+        while _open:
+            _open.popitem()[1].close()
+        _open[settings] = LiberoEnv(*settings)
+    return _open[settings]
+
+
 def demonstration(group) -> tuple[np.ndarray, np.ndarray]:
     """Reads the HDF5 group `data/demo_k`.
 

@@ -28,8 +28,9 @@ class Stage:
       trains: parts of the parameters that are trained.
       reads: parts that exist too and are not trained.
       window: what a clip of this stage shows; the method's spec covers it.
-      future_every: in training batches, rows 0, n, 2n, ... show the frames after now, in the others
-        they are masked and not even read.
+      future_every: in training batches, rows 0, n, 2n, ... show the frames after now, and are of
+        all records; in the others these frames are masked and not even read, and all of them have
+        actions.
     """
 
     trains: tuple[str, ...]

@@ -3,7 +3,8 @@
 Video is a training signal alone. The action head looks at the video transformer's features of the
 observed frames, clean, at timestep 0, with nothing after them: a chunk of actions costs one pass
 over so few tokens. Stage `joint` trains everything by the video loss and the action loss at once;
-each loss has clips of its own, because those of the action loss are cheap. The paper's second
+each loss has clips of its own, because those of the action loss are cheap. Stage `policy` trains
+everything by the action loss alone, the paper's ablation without video. The paper's second
 stream of the same depth, which attends to the keys and values of the first frame, becomes Video
 Policy's action head.
 """
@@ -34,9 +35,13 @@ class FastWAM(VPP):
     def stages(self):
         stages = super().stages
         joint = dataclasses.replace(stages["joint"], future_every=self.video_every)
-        return stages | {"joint": joint}
+        policy = dataclasses.replace(stages["joint"], window=stages["action"].window)
+        return stages | {"joint": joint, "policy": policy}
 
     def loss(self, params, clip, keys, stage, train):
+        if stage == "policy":
+            loss = self.chunk_loss(params, clip, keys, train, reach=True)
+            return loss, {"action_loss": loss}, {}
         if stage != "joint" or not train or self.video_every == 1:
             return super().loss(params, clip, keys, stage, train)
 

@@ -13,7 +13,7 @@ from synthetic import LENGTHS, action, damage, state, write
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxvp.config import build
-from jaxvp.data import array_record, clips, statistics
+from jaxvp.data import array_record, clips, mixture, statistics
 from jaxvp.data.mixture import Mixture
 from jaxvp.data.sources import DataConfig, open_source
 from jaxvp.data.spec import Window
@@ -191,7 +191,10 @@ def test_one_clip_of_some_shows_the_future(two, monkeypatch):
     monkeypatch.setattr(clips, "decode_image",
                         lambda *arguments: decoded.append(1) or decode(*arguments))
     cfg = config(*two, num_threads=0)  # No batch is made ahead.
-    whole, all_images = next(train(cfg, 6, seed=0)), len(decoded)
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture, "BatchReader",
+                      lambda clips_, threads, kept, every: clips.BatchReader(clips_, threads, kept))
+        whole, all_images = next(train(cfg, 6, seed=0, future_every=3)), len(decoded)
     decoded.clear()
     batch = next(train(cfg, 6, seed=0, future_every=3))
     past = WINDOW.past
@@ -207,6 +210,47 @@ def test_one_clip_of_some_shows_the_future(two, monkeypatch):
     with pytest.raises(UserError, match="batch_size is 4, over 1 processes: expected a multiple of "
                                         "3 in each"):
         train(cfg, 4, seed=0, future_every=3)
+
+
+def test_clips_that_show_no_future_have_actions(dataset, make_dataset):
+    video = make_dataset("video", has_action=False, robot="person")
+    cfg = config(dataset, video)
+    batches = take(train(cfg, 12, seed=0, future_every=3), 20)
+    hidden = np.arange(12) % 3 > 0
+    for batch in batches:
+        assert batch["action_mask"][hidden].any((1, 2)).all()
+        assert set(batch["source"][~hidden]) == {0, 1}
+    seen = [b["state"][hidden].tobytes() for b in batches]
+    assert len(set(seen)) == len(seen)
+    parts = [train(cfg, 12, 0, process_index=p, process_count=2, future_every=3) for p in (0, 1)]
+    for batch in batches[:4]:
+        halves = [next(part) for part in parts]
+        for name, values in batch.items():
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), values)
+    with pytest.raises(UserError, match="No record of .*video.* has actions to train on"):
+        train(config(video), 6, seed=0, future_every=3)
+
+
+def test_a_share_of_the_episodes_is_labelled(make_dataset):
+    folder = make_dataset("labels", lengths=(4,) * 12, max_steps=2)
+    window = dataclasses.replace(WINDOW, chunk=2)
+
+    def labelled(share, **options):
+        cfg = config({"path": str(folder), "labelled": share}, window=window)
+        batches = take(train(cfg, 4, 0, **options), 60)
+        assert episodes_in(batches) == set(range(12))
+        shown = [{name: value[rows] for name, value in batch.items()} for batch in batches
+                 if (rows := batch["action_mask"].any((1, 2))).any()]
+        return episodes_in(shown), normalizers(cfg)["test robot"].action
+
+    some, statistics_of_some = labelled(0.5)
+    assert 2 < len(some) < 10 and statistics_of_some.count == 4 * len(some)
+    assert labelled(0.5, future_every=4)[0] == some < labelled(0.8)[0]
+    assert labelled(1.0)[0] == set(range(12))
+    assert labelled(0.0) == (set(), None)
+    held_out = config({"path": str(folder), "labelled": 0.5, "validation_split": "",
+                       "validation_fraction": 0.5}, window=window)
+    assert next(iter(validation(held_out, 8, 1)))["action_mask"].any((1, 2)).all()
 
 
 def test_statistics_of_a_checkpoint_stay(two):

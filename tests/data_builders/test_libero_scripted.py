@@ -91,7 +91,7 @@ def test_no_episodes():
 
 def test_light_and_camera_are_varied():
     item = SMALL.items()[0]
-    env = libero_scripted._environment(*item[:2], 32, "180")
+    env = libero.the_environment(*item[:2], 32, "180")
     shown = []
     for vary in (0.0, 0.2, 0.0):
         libero_scripted.libero_scene.reset(env, 1, vary=vary)

@@ -60,6 +60,17 @@ def test_each_loss_has_clips_of_its_own():
         float(alone(~video, "joint")["action_loss"]), rel=1e-5)
 
 
+def test_the_policy_alone_is_the_joint_stage_without_its_video():
+    clip, params, every = make_clip(batch=6), parameters(METHOD), keys(3, 6)
+    video = np.arange(6) % 3 == 0
+    now = {name: value[~video] for name, value in clip.items()}
+    (loss, found), gradient = loss_and_gradient(MIXED, "policy", params, now, every[~video])
+    assert set(found) == {"action_loss"} and loss == found["action_loss"]
+    assert {part for part in gradient if size(gradient[part])} == {"video", "text", "action"}
+    assert MIXED.stages["policy"].window.future == 0
+    assert MIXED.stages["policy"].parts == MIXED.stages["joint"].parts
+
+
 def test_validation_has_both_losses_of_every_clip():
     clip, params = make_clip(), parameters(METHOD)
     loss = jax.jit(lambda method, p, c, k: method.loss(p, c, k, "joint", train=False)[1],
