@@ -17,20 +17,24 @@ logging.get_absl_logger().addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
-def run(start: Callable[[flags.FlagValues], None], stopped: str = ""):
+def run(start: Callable[..., None], stopped: str = "", word: str = ""):
     """Parses the flags and calls `start` with them; what is refused ends the command in one line.
 
     Args:
       start: what the command does.
       stopped: what to say when the user interrupts it.
+      word: what the one word before the flags means, in capitals; `start` gets it, too. "": none.
     """
     def main(argv):
         logging.set_verbosity(logging.WARNING)  # JAX tells which backends it did not find.
         sys.unraisablehook = _unraisable
         with one_line_errors(stopped):
-            if argv[1:]:
-                raise UserError(f"{argv[1]!r} is not a flag: flags are --name=value.")
-            start(flags.FLAGS)
+            words, wanted = argv[1:], bool(word)
+            if len(words) < wanted:
+                raise UserError(f"{word} is missing: the first word of this command.")
+            if words[wanted:]:
+                raise UserError(f"{words[wanted]!r} is not a flag: flags are --name=value.")
+            start(flags.FLAGS, *words)
 
     app.run(main, flags_parser=_parse)
 

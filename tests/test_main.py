@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("config", [
     *map(pretrain.get_config, ("", *pretrain.WAN)),
-    *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(), libero.get_config(),
+    *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(),
+    *map(libero.get_config, libero.VARIANTS),
     *map(video_policy.get_config, video_policy.VARIANTS)])
 def test_every_config_is_complete(config):
     assert config.mesh.fsdp and config.microbatches == 1
@@ -98,7 +99,7 @@ def test_an_embedded_dataset_has_a_path():
 @pytest.mark.parametrize("config, message", [
     ("configs/pretrain.py:wan-15b", r"configs/pretrain.py:wan-15b: variants are .*'wan-14b'"),
     ("configs/mixtures.py", "No mixture '' in configs/mixtures.py: there are .*'vidar'"),
-    ("configs/libero.py:all", "--config: this file has no variants"),
+    ("configs/finetune.py:all", "--config: this file has no variants"),
     ("configs/nothing.py", "--config cannot be read: .*No such file.*configs/nothing.py"),
     ("configs/__init__.py", r"this file has no get_config\(\)"),
 ])
