@@ -69,7 +69,9 @@ def tabletop() -> dict:
             "name": "fast_wam",
             "video": {
                 "transformer": {"width": 128, "layers": 4, "heads": 2, "ffn": 512, "unroll": 4},
+                "codec": {"name": "pixel", "patch": 8},
                 "text": {"width": 64, "stride": 8},
+                "weight": "data",
                 "shift": 3.0,
                 "steps": 2,  # The future is nearly determined here: more steps add grain.
             },

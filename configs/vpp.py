@@ -28,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in ("video_every", "action_weight", "action_shift", "action_steps"):
         del config["method"][name]
     config["method"] |= {"name": "vpp", "action_draws": 2}
+    config["method"]["video"] |= {"codec": {"name": "pixel", "patch": 4}, "weight": "velocity"}
     config["data"]["sources"] = ({"path": "data/tabletop_core"},)
     config["embedded"] |= {"path": "data/tabletop_core", "episodes": 1000, "tasks": ("core",),
                            "disturbance": 0.01, "wander": 0.01}

@@ -48,6 +48,9 @@ class VideoModel(LatentSpace):
       prediction: 'velocity' (Wan), or 'residual': the network predicts how the clean video differs
         from the last observed frame, and the velocity follows (see flow.velocity_from_data).
       sigma, shift: training distribution of noise levels and its shift, which is the sampler's too.
+      weight: what the loss is the error of: "velocity", or "data", the clean video, which counts
+        small noise levels less, by sigma squared: for few steps of the sampler, what the network
+        makes of large ones is what is seen.
       timesteps: how the transformer is told of a sigma, in TIMESTEPS: 'continuous', or 'integer',
         as the samplers of Wan's releases tell its weights. The same in training as in sampling, so
         that a network never sees another timestep of a sigma than it learnt from.
@@ -59,6 +62,7 @@ class VideoModel(LatentSpace):
     prediction: Literal["velocity", "residual"] = "residual"
     sigma: Literal["logit_normal", "uniform"] = "logit_normal"
     shift: PositiveFloat = 1.0
+    weight: Literal["velocity", "data"] = "velocity"
     timesteps: Literal[*TIMESTEPS] = "continuous"
     text_dropout: Share = 0.1
     sampler: Literal[*SAMPLERS] = "euler"
@@ -160,7 +164,8 @@ class VideoModel(LatentSpace):
 
     def loss(self, params: dict, clip: Mapping, keys: jax.Array, train: bool,
              taps: tuple[int, ...] = ()) -> tuple[jax.Array, list[jax.Array], Draw]:
-        """Mean squared error of the velocity of what is not observed (SD3, arXiv 2403.03206).
+        """Mean squared error of the velocity of what is not observed (SD3, arXiv 2403.03206),
+        weighted by `weight`.
 
         Returns:
           float32[B], a clip's error, 0 where none of its frames counts; features of the taps; and
@@ -173,7 +178,10 @@ class VideoModel(LatentSpace):
         if self.prediction == "residual":  # With the same floor on sigma as the prediction.
             target = flow.velocity_from_data(draw.noisy, draw.data, draw.sigma)
         mask = self.latent_mask(clip["frame_mask"]).at[:, :self.observed].set(False)
-        return flow.masked_mse(out - target, mask), features, draw
+        error = out - target
+        if self.weight == "data":
+            error = error * jnp.maximum(draw.sigma, flow.FLOOR)[:, None, None, None, None]
+        return flow.masked_mse(error, mask), features, draw
 
     # Generation.
 

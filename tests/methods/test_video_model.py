@@ -142,6 +142,15 @@ def test_observed_frames_are_no_target():
     assert (np.abs(rows(SEES_TWO, params, clip, keys(3)) - before) > 1e-5).all()  # It is seen.
 
 
+@pytest.mark.parametrize("model", [MODEL, VELOCITY], ids=["residual", "velocity"])
+def test_the_error_of_the_clean_video_weighs_sigma_squared(model):
+    params, clip, every = parameters(model), make_clip(batch=3), keys(3, 3)
+    sigma = model.draw(params, clip, every, train=True).sigma
+    data = dataclasses.replace(model, weight="data")
+    np.testing.assert_allclose(rows(data, params, clip, every),
+                               sigma**2 * rows(model, params, clip, every), rtol=1e-4)
+
+
 @pytest.mark.parametrize("model", [SEES_TWO, WAN], ids=["pixel", "wan"])
 def test_an_observation_alone_is_encoded_as_in_its_clip(model):
     params, clip = start(model), make_clip(model.spec)
