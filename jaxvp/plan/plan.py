@@ -3,6 +3,7 @@
     python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=v5p:8x16x16
     python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=v6e:16x16 --sweep
     python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=h200:8 --dry_run
+    python -m jaxvp.plan --config=configs/pretrain.py:wan-5b --topology=v6e:1x1 --policy
 
 Compiles the real training step with the real TPU compiler, on a CPU (extra `tpu`), and reads
 memory, FLOPs, bytes and collectives from the result. `--dry_run` compiles nothing and gives the
@@ -40,7 +41,7 @@ from jaxvp import config as config_lib
 from jaxvp.data import sources
 from jaxvp.errors import UserError, naming
 from jaxvp.models import attention, transformer
-from jaxvp.plan import chips, hlo_analysis
+from jaxvp.plan import chips, hlo_analysis, policy
 from jaxvp.plan.chips import Machine
 from jaxvp.plan.flops import abstract_inputs, model_flops
 from jaxvp.plan.report import gib, report, report_sweep
@@ -363,6 +364,10 @@ def start(settings):
         console.print(f"{machine}: absent GPUs cannot be compiled for; this is --dry_run.")
     config = config_lib.build(step.TrainConfig, settings.config, "config")
     name = command.config_name()
+    if settings.policy:
+        plan = policy.make_plan(config, machine, name)
+        policy.report(plan, console)
+        return _write(settings.json, plan)
     plan = make_plan(config, machine, name, settings.dry_run)
     report(plan, console)
     result = to_json(plan)
@@ -378,9 +383,13 @@ def start(settings):
         report_sweep(plans, console)
         result["sweep"] = [{"topology": str(m), "chips": m.chips, "error": p}
                            if isinstance(p, str) else to_json(p) for m, p in plans]
-    if settings.json:
-        with naming(settings.json):
-            Path(settings.json).write_text(json.dumps(result, indent=2, default=_plain) + "\n")
+    return _write(settings.json, result)
+
+
+def _write(path: str | None, result: Mapping):
+    if path:
+        with naming(path):
+            Path(path).write_text(json.dumps(result, indent=2, default=_plain) + "\n")
 
 
 def _check_file(path: Path):
@@ -403,6 +412,8 @@ def run():
     flags.DEFINE_integer("slices", 1, "TPU slices of that topology, connected by DCN")
     flags.DEFINE_bool("dry_run", False, "compile nothing: only memory and model FLOPs")
     flags.DEFINE_bool("sweep", False, "plan smaller slices of the chip too")
+    flags.DEFINE_bool("policy", False, "plan a call of the policy instead of a training step; of "
+                      "one chip")
     flags.DEFINE_string("json", None, "file to write the plan to")
     flags.mark_flag_as_required("topology")
     command.run(start)

@@ -19,7 +19,7 @@ from jaxvp import config as config_lib
 from jaxvp.data import sources
 from jaxvp.errors import UserError
 from jaxvp.methods import base
-from jaxvp.plan import chips, flops, hlo_analysis, plan
+from jaxvp.plan import chips, flops, hlo_analysis, plan, policy
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -418,3 +418,30 @@ def test_the_compiler_itself():
     devices = machine.devices()
     assert len(devices) == 8 and devices[0].platform == "tpu"
     assert sharding.make_mesh(sharding.MeshConfig(fsdp=-1, data=1), devices).size == 8
+
+
+# A policy.
+
+def test_a_call_of_the_policy_is_planned(monkeypatch, capsys):
+    """On a CPU in place of the chip: counts are of the compiled program, times of the chip."""
+    machine = chips.parse("v6e:1x1")
+    monkeypatch.setattr(chips.Machine, "devices", lambda self: jax.devices())
+    config = make_config()
+    found = json.loads(json.dumps(policy.make_plan(config, machine, "toy"), default=plan._plain))
+    assert found["chunk"] == config.data.window.chunk
+    assert len(found["modes"]) == 3 and all(mode["fits"] for mode in found["modes"].values())
+    action, video = (next(mode for name, mode in found["modes"].items() if name.startswith(
+        f"observation-{what}.")) for what in ("action", "video"))
+    assert action["parameters"] > video["parameters"]  # The head, too.
+    assert action["flops"] > 2 * 96 * video["parameters"] / 2  # 96 tokens of a frame, or more.
+    for mode in (action, video):
+        assert mode["memory"] > 4 * mode["parameters"]
+        assert mode["seconds_estimate"] >= mode["seconds_bound"] == max(
+            mode["flops"] / machine.chip.flops, mode["hbm_bytes"] / machine.chip.hbm)
+    policy.report(found, command.console())
+    assert "observation-action" in capsys.readouterr().out
+
+
+def test_a_policy_is_planned_for_one_chip():
+    with pytest.raises(UserError, match="for one chip, found v6e:2x2"):
+        policy.make_plan(make_config(), chips.parse("v6e:2x2"))
