@@ -136,6 +136,10 @@ def wan(size: str, version: str, batch_size: int, data: Mapping = ROBOT,
             },
             "head": {"width": 512, "layers": 8, "heads": 8},
             "taps": (9, 19),
+            # As on the tabletop: small noise levels, where the head has only to keep what it is
+            # given, would outweigh all others, and a head that always has the state does not look.
+            "action_weight": "data",
+            "state_dropout": 0.3,
         },
         "init_from": {"*": "", "video": "", "codec": "", "text": "data/text_embeddings"},
         "stage": "video",

@@ -116,9 +116,10 @@ def test_a_command_that_fails_ends_the_study():
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_studies_are_in_order(quick, monkeypatch):
+@pytest.mark.parametrize("name", ["video_helps", "tabletop_recipe"])
+def test_the_studies_are_in_order(name, quick, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = study.load("video_helps", quick)
+    found = study.load(name, quick)
     for claim in found.claims:
         assert {claim.better, claim.worse} <= found.rows.keys() and claim.suite in found.suites
     for row in found.rows.values():
