@@ -11,7 +11,8 @@
 
 One model for the 20 tasks of both suites, 600 episodes each. Objects are where the benchmark places
 them in two of five episodes, and elsewhere in the others. `libero_object` and `libero_spatial` have
-one suite each; `no_video` has no video loss, `no_state` no proprioception, both suites.
+one suite each. With both suites: `no_video` has no video loss, `no_state` no proprioception; `half`
+has the actions of half of the episodes, and video of all; `half_no_video` of these actions alone.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from jaxvp.errors import UserError
 from jaxvp.step import TrainConfig
 
 SUITES = ("libero_object", "libero_spatial")
-VARIANTS = ("", *SUITES, "no_video", "no_state")
+VARIANTS = ("", *SUITES, "no_video", "no_state", "half", "half_no_video")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -31,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = pretrain.tabletop()
     config["embedded"] = {}
     config["data"] |= {
-        "sources": tuple({"path": f"data/{suite}"}
+        "sources": tuple({"path": f"data/{suite}", "labelled": 0.5 if "half" in variant else 1.0}
                          for suite in ([variant] if variant in SUITES else SUITES)),
         "layout": "single_wrist",
         "window": {"fps": 4.0, "past": 1, "future": 3, "past_actions": 0, "chunk": 16},
@@ -43,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config["method"]["video"] |= {"codec": {"name": "pixel", "patch": 8}}
     config["method"] |= {"video_every": 9, "proprioception": variant != "no_state"}
-    if variant == "no_video":
+    if "no_video" in variant:
         config["stage"] = "policy"
     config |= {"steps": 10_000, "batch_size": 36, "execution_horizon": 8}
     return ConfigDict(complete(TrainConfig, config))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("config", [
-    *map(pretrain.get_config, ("", *pretrain.WAN)),
+    *map(pretrain.get_config, ("", "all", *pretrain.WAN)),
     *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(),
     *map(libero.get_config, libero.VARIANTS),
     *map(video_policy.get_config, video_policy.VARIANTS)])

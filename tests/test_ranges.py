@@ -176,7 +176,7 @@ def test_messages(key, value, message):
 
 
 @pytest.mark.parametrize("config", [
-    *map(pretrain.get_config, ("", *pretrain.WAN, *pretrain.STORED)),
+    *map(pretrain.get_config, ("", "all", *pretrain.WAN, *pretrain.STORED)),
     *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(),
     *map(libero.get_config, libero.VARIANTS)])
 def test_the_methods_of_the_configs_are_in_range(config):
