@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import finetune, libero, pretrain, video_policy, vpp
+from configs import finetune, libero, pretrain, vidar, video_policy, vpp
 from jaxvp import main
 from jaxvp.config import ConfigError, build
 from jaxvp.step import TrainConfig
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
     *map(pretrain.get_config, ("", "all", *pretrain.WAN)),
     *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(),
     *map(libero.get_config, libero.VARIANTS),
+    *map(vidar.get_config, vidar.VARIANTS),
     *map(video_policy.get_config, video_policy.VARIANTS)])
 def test_every_config_is_complete(config):
     assert config.mesh.fsdp and config.microbatches == 1

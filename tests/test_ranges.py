@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from configs import finetune, libero, pretrain, vpp
+from configs import finetune, libero, pretrain, vidar, vpp
 from data_builders.build import builder_class, builder_names
 from data_builders.tabletop import tabletop
 from jaxvp.config import ConfigError, Range, build, convert
@@ -17,9 +17,11 @@ from jaxvp.data.sources import DataConfig, SourceConfig, clip_spec
 from jaxvp.data.spec import ClipSpec
 from jaxvp.methods import base
 from jaxvp.methods.latent_space import CODECS
+from jaxvp.methods.vidar import Vidar
 from jaxvp.methods.video_model import VideoModel
 from jaxvp.methods.video_policy import VideoPolicy
 from jaxvp.models.action_head import ActionHead
+from jaxvp.models.inverse_dynamics import InverseDynamics
 from jaxvp.models.text_encoder import ByteTextEncoder
 from jaxvp.models.transformer import VideoTransformer
 from jaxvp.step import TrainConfig, make_method
@@ -33,6 +35,8 @@ MAPPINGS = {
     (SourceConfig, "cameras"): (),
     (VideoPolicy, "video"): (VideoModel,),
     (VideoPolicy, "head"): (ActionHead,),
+    (Vidar, "video"): (VideoModel,),
+    (Vidar, "inverse"): (InverseDynamics,),
     (VideoModel, "transformer"): (VideoTransformer,),
     (VideoModel, "text"): (ByteTextEncoder,),
     (VideoModel, "codec"): tuple(CODECS.values()),
@@ -178,7 +182,7 @@ def test_messages(key, value, message):
 @pytest.mark.parametrize("config", [
     *map(pretrain.get_config, ("", "all", *pretrain.WAN, *pretrain.STORED)),
     *map(vpp.get_config, vpp.VARIANTS), finetune.get_config(),
-    *map(libero.get_config, libero.VARIANTS)])
+    *map(libero.get_config, libero.VARIANTS), *map(vidar.get_config, vidar.VARIANTS)])
 def test_the_methods_of_the_configs_are_in_range(config):
     """TrainConfig alone does not look into its mappings."""
     built = build(TrainConfig, config)

@@ -13,6 +13,7 @@ from jaxvp.errors import UserError, did_you_mean
 
 REGISTRY = {
     "fast_wam": "jaxvp.methods.fast_wam:FastWAM",
+    "vidar": "jaxvp.methods.vidar:Vidar",
     "video_policy": "jaxvp.methods.video_policy:VideoPolicy",
     "vpp": "jaxvp.methods.vpp:VPP",
 }
