@@ -84,7 +84,8 @@ class Vidar(base.Method):
         alone = dataclasses.replace(window, past_actions=0, chunk=0)
         now = dataclasses.replace(window, past=1, future=0, past_actions=1, chunk=0)
         return {"video": Stage(trains=video.trains, reads=video.reads, window=alone),
-                PART: Stage(trains=(PART,), reads=("codec",), window=now)}
+                PART: Stage(trains=(PART,), reads=() if self.spec.video else ("codec",),
+                            window=now)}
 
     @property
     def extras(self):
