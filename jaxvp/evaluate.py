@@ -77,8 +77,9 @@ def define_flags():
     text("out", None, "folder for results.json, report.html and videos")
     number("seed", None,
            "of the policy's noise; default: the protocol's, which also seeds the simulator")
-    number("num_envs", None, "environments; default: as many as the bundle takes at once, and at "
-           "least two a worker, so that one can simulate while the policy thinks about the other")
+    number("num_envs", None, "environments; default: two a worker, so that one can simulate while "
+           "the policy thinks about the other; of simulators that take little memory as many as the "
+           "bundle takes at once")
     number("workers", None, "processes that simulate, 0: this one, for a debugger; default: one a "
            f"core, at most {MAX_WORKERS}")
     flags.DEFINE_float("step_timeout", default.step_timeout, "seconds for a step, or for the start "
@@ -115,7 +116,9 @@ class Evaluation:
 
     @property
     def num_envs(self) -> int:
-        wanted = max(self.manifest.batch_size, 2 * self.workers) if self.manifest else self.workers
+        wanted = 2 * self.workers if self.manifest else self.workers
+        if self.manifest and not self.suite.heavy:
+            wanted = max(wanted, self.manifest.batch_size)
         return min(self.settings.num_envs or max(wanted, 1), self.episodes)
 
     @property

@@ -25,7 +25,7 @@ import numpy as np
 import rich.table
 from absl import flags
 
-from jaxvp import command
+from jaxvp import command, files
 from jaxvp.errors import UserError, did_you_mean
 from jaxvp.evaluation.report import wilson
 from jaxvp.versions import versions
@@ -94,7 +94,7 @@ class Study:
 def load(name: str, quick: bool) -> Study:
     """The study `name` of benchmarks/studies/; raises UserError when there is none."""
     folder = pathlib.Path(STUDIES.replace(".", "/"))
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    names = [path.stem for path in files.find(folder, "[!_]*.py")]
     if name not in names:
         raise UserError(f"NAME: there is no study {name!r}.{did_you_mean(name, names)} There are "
                         f"{', '.join(names) or 'none'} in {folder}, of jaxvp's own checkout.")
@@ -104,7 +104,7 @@ def load(name: str, quick: bool) -> Study:
 def run(study: Study, out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int]):
     """Does what is not done yet; raises UserError when a command fails."""
     for path, arguments in study.data.items():
-        if not list(pathlib.Path(path).glob("*/dataset_info.json")):
+        if not files.find(path, "*/dataset_info.json"):
             _call("data_builders.build", *arguments, f"--out={path}")
     for seed in seeds:  # First all rows once: a study that is stopped can still be read.
         for name in rows:
@@ -163,14 +163,15 @@ def table(study: Study, out: pathlib.Path) -> dict:
 
 def _results(folder: pathlib.Path, suite: str) -> dict[int, dict]:
     """Seed to results.json."""
-    files = sorted(folder.glob(f"*/{suite}/results.json"), key=lambda file: int(file.parts[-3]))
-    return {int(file.parts[-3]): json.loads(file.read_text()) for file in files}
+    found = {int(file.parts[-3]): json.loads(file.read_text())
+             for file in files.find(folder, f"*/{suite}/results.json")}
+    return dict(sorted(found.items()))
 
 
 def _seconds(folder: pathlib.Path) -> dict[int, float]:
     """Seed to what the trainings took, from the first line of their metrics to the last."""
     found = {}
-    for file in sorted(folder.glob("*/run*/metrics.jsonl")):
+    for file in files.find(folder, "*/run*/metrics.jsonl"):
         times = [json.loads(line)["time"] for line in file.read_text().splitlines()]
         seed = int(file.parts[-3])
         found[seed] = round(found.get(seed, 0) + times[-1] - times[0])

@@ -74,6 +74,7 @@ class Suite:
     """
 
     has_expert = True
+    heavy = False
 
     def __init__(self, folder="", faults=None, once=False):
         self.folder, self.faults, self.once = Path(folder), faults or {}, once

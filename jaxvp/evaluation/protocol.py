@@ -116,10 +116,12 @@ class Suite(typing.Protocol):
     Attributes:
       protocol: its rules; `protocol.tasks` are the tasks, with the protocol's own `trials`.
       has_expert: whether its environments have an `expert_action`.
+      heavy: whether an environment takes a large part of a gigabyte; then there are two a worker.
     """
 
     protocol: Protocol
     has_expert: bool
+    heavy: bool
 
     def instruction(self, task: str) -> str:
         """The task in words."""

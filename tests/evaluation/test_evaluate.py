@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -255,10 +256,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, out):
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch, name):
     write = Path.write_text
 
-    def full(path, text):
+    def full(path, text, **options):
         if name in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
+        write(path, text, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=name):
@@ -269,6 +270,16 @@ def test_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="holds another result"):
         evaluate.prepare(Settings(policy="expert", out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("heavy, bundle, expected", [
+    (True, True, 6), (False, True, 16), (False, False, 3)])
+def test_environments_that_take_much_memory_are_two_a_worker(heavy, bundle, expected):
+    suite, protocol = (types.SimpleNamespace(**values) for values in (
+        {"heavy": heavy}, {"tasks": ("a",), "trials": 100}))
+    manifest = types.SimpleNamespace(batch_size=16) if bundle else None
+    found = evaluate.Evaluation(Settings(workers=3), suite, protocol, None, None, manifest, None)
+    assert found.num_envs == expected
 
 
 def test_tasks_keep_the_order_of_the_suite():

@@ -137,7 +137,8 @@ def test_a_worker_imports_simulators_only(tmp_path):
 
 
 SCRIPT = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where tests run with `&`.
 from counting_suite import PROTOCOL, Chunks, Suite
 from jaxvp.evaluation.rollout import rollouts
 from jaxvp.evaluation.workers import Workers
@@ -171,7 +172,10 @@ def test_workers_end_with_their_parent(tmp_path, how):
             time.sleep(0.05)
         assert len(pids) == 2 and not any(map(gone, pids))
         parent.send_signal(how)
-        parent.wait(20)
+        try:
+            parent.wait(20)
+        finally:
+            parent.kill()
     deadline = time.monotonic() + 20
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline

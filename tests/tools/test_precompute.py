@@ -315,7 +315,7 @@ def test_the_command(dataset, tmp_path):
     command = [
         sys.executable, "-m", "jaxvp.tools.precompute", f"--config={ROOT}/configs/pretrain.py",
         f"--config.data.sources=({{'path': '{dataset}', 'validation_split': ''}},)",
-        "--config.data.image_size=16", f"--out={tmp_path}"]
+        "--config.data.image_size=16", "--config.method.video.codec.patch=4", f"--out={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
     name = Path(dataset).parent.name

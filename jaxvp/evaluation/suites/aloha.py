@@ -34,6 +34,7 @@ class AlohaSuite:
     """
 
     has_expert = True
+    heavy = False
 
     def __init__(self, name: str, image_size: int | None = None):
         if name not in SUITES:

@@ -79,6 +79,7 @@ class LiberoSuite:
     """
 
     has_expert = True
+    heavy = True
 
     def __init__(
         self,

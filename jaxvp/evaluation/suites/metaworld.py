@@ -80,6 +80,7 @@ class MetaWorldSuite:
     """
 
     has_expert = True
+    heavy = False
 
     def __init__(self, name: str, image_size: int | None = None):
         if name not in SUITES:

@@ -50,6 +50,7 @@ class TabletopSuite:
     """
 
     has_expert = True
+    heavy = False
 
     def __init__(self, name: str, image_size: int = 64):
         if name not in SUITES:

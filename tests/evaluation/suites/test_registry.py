@@ -20,7 +20,7 @@ def test_what_is_registered_is_there(entry):
     module = importlib.import_module(f"jaxvp.evaluation.suites.{entry.module}")
     suite = getattr(module, entry.suite)
     assert {"name", *entry.flags} <= set(inspect.signature(suite).parameters)
-    assert isinstance(suite.has_expert, bool)
+    assert isinstance(suite.has_expert, bool) and isinstance(suite.heavy, bool)
     names = sys.modules[f"jaxvp.envs.{entry.module}"] if entry.module == "libero" else module
     assert tuple(names.SUITES) == entry.names
 
