@@ -78,8 +78,8 @@ def define_flags():
     number("seed", None,
            "of the policy's noise; default: the protocol's, which also seeds the simulator")
     number("num_envs", None, "environments; default: two a worker, so that one can simulate while "
-           "the policy thinks about the other; of simulators that take little memory as many as the "
-           "bundle takes at once")
+           "the policy thinks about the other; of simulators that take little memory as many as "
+           "the bundle takes at once")
     number("workers", None, "processes that simulate, 0: this one, for a debugger; default: one a "
            f"core, at most {MAX_WORKERS}")
     flags.DEFINE_float("step_timeout", default.step_timeout, "seconds for a step, or for the start "
