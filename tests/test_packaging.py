@@ -114,9 +114,12 @@ def test_no_module_is_too_long_to_read():
     assert not {path: length for path, length in lengths.items() if length > 500}
 
 
-@pytest.mark.parametrize(("renderer", "packages"), [
-    ("osmesa", "libosmesa6 libgl1 libglib2.0-0"), ("egl", "libgl1 libglib2.0-0")])
-def test_the_installation_names_system_libraries_that_are_missing(tmp_path, renderer, packages):
+@pytest.mark.parametrize(("extra", "renderer", "packages"), [
+    ("libero", "osmesa", "libosmesa6 libgl1 libglib2.0-0"),
+    ("libero", "egl", "libgl1 libglib2.0-0"),
+    ("dev,metaworld", "osmesa", "libosmesa6")])
+def test_the_installation_names_system_libraries_that_are_missing(tmp_path, extra, renderer,
+                                                                  packages):
     commands = {"launch/install.sh": (ROOT / "launch" / "install.sh").read_text(),
                 ".venv/bin/python": "", "bin/ldconfig": "#!/bin/sh\n",
                 "bin/id": "#!/bin/sh\necho 1000\n"}
@@ -126,7 +129,7 @@ def test_the_installation_names_system_libraries_that_are_missing(tmp_path, rend
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "MUJOCO_GL": renderer,
                    "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run([tmp_path / "launch" / "install.sh", "libero"], env=environment,
+    done = subprocess.run([tmp_path / "launch" / "install.sh", extra], env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.endswith(f"run: sudo apt-get install {packages}\n")

@@ -18,7 +18,7 @@ from jaxvp.data.spec import ClipSpec
 from jaxvp.methods import base
 from jaxvp.methods.latent_space import CODECS
 from jaxvp.methods.vidar import Vidar
-from jaxvp.methods.video_model import VideoModel
+from jaxvp.methods.video_model import VideoMethod, VideoModel
 from jaxvp.methods.video_policy import VideoPolicy
 from jaxvp.models.action_head import ActionHead
 from jaxvp.models.inverse_dynamics import InverseDynamics
@@ -33,9 +33,8 @@ MAPPINGS = {
     (TrainConfig, "init_from"): (),
     (DataConfig, "extra"): (),
     (SourceConfig, "cameras"): (),
-    (VideoPolicy, "video"): (VideoModel,),
+    (VideoMethod, "video"): (VideoModel,),
     (VideoPolicy, "head"): (ActionHead,),
-    (Vidar, "video"): (VideoModel,),
     (Vidar, "inverse"): (InverseDynamics,),
     (VideoModel, "transformer"): (VideoTransformer,),
     (VideoModel, "text"): (ByteTextEncoder,),

@@ -1,7 +1,6 @@
 """What makes the tabletop's policy strong? configs/pretrain.py, one choice undone in each row.
 
-All rows have a quarter of the steps of the config, and see as many clips as its own; `patches_4`
-takes half as much time again.
+All rows have a quarter of the steps of the config, and see equally many clips.
 """
 
 from jaxvp.study import Claim, Row, Run, Study
@@ -19,7 +18,7 @@ UNDONE = {
     "adamw": ("AdamW at half of the learning rate, no Muon", {
         "optimizer.muon": (), "optimizer.learning_rate": 1e-3}),
     "large_batch": ("twice the batch, half of the steps", {}),
-    "patches_4": ("patches of 4 pixels, not 8", {"method.video.codec.patch": 4}),
+    "patches_4": ("tokens of 8 pixels, not 16", {"method.video.codec.patch": 4}),
 }
 
 

@@ -223,6 +223,7 @@ def _batches(
         raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the {process_count} processes."
         )
+
     def parts(rows: int, seed, acting: bool = False) -> grain.MapDataset:
         # Parts of one batch follow each other: part p of batch n is number n * process_count + p.
         examples = _examples(config, clips, seed, acting)

@@ -5,6 +5,7 @@ The package's own environment renders three pictures of 480 x 640 pixels at ever
 takes its scenes and tasks, and renders what is read.
 """
 
+import functools
 import threading
 
 import numpy as np
@@ -88,7 +89,7 @@ class AlohaEnv:
                 sim.BOX_POSE[0] = np.concatenate(utils.sample_insertion_pose(seed))
             self._env.reset()
         self._unstable = False
-        self._expert = Expert(self.task, self._physics.model.ptr, self._physics.data.ptr)
+        self._expert = None
         return self._observation()
 
     def step(self, action: np.ndarray) -> tuple[dict, bool]:
@@ -117,12 +118,14 @@ class AlohaEnv:
 
     def expert_action(self) -> np.ndarray:
         """float32[14]: what the scripted expert does now; once per step, see `Expert`."""
+        if self._expert is None:
+            self._expert = Expert(self.task, self._physics.model.ptr, self._physics.data.ptr)
         return self._expert.action()
 
     @property
     def expert_is_done(self) -> bool:
         """Whether the expert has nothing left to do."""
-        return self._expert.done
+        return self._expert is not None and self._expert.done
 
     @property
     def table_is_touched(self) -> bool:
@@ -147,6 +150,7 @@ class AlohaEnv:
         }
 
 
+@functools.cache
 def limits() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(lowest, highest) action; the simulator clips what is beyond."""
     path = constants.ASSETS_DIR / _SCENES["transfer_cube"]

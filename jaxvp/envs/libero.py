@@ -11,14 +11,12 @@ published data and policies use, is upright but mirrored: the writing is reverse
 """
 
 import contextlib
-import ctypes.util
 import functools
 import importlib
 import logging
 import os
 import re
 import runpy
-import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvp.envs import rendering
 from jaxvp.envs.rendering import ROTATIONS, Images
 from jaxvp.errors import UserError
 
@@ -110,27 +109,6 @@ def check_assets():
                             f"Run: pip install {name}")
 
 
-def check_gl():
-    """Chooses what MuJoCo renders with, where the user has not.
-
-    Raises:
-      UserError: its library is missing.
-    """
-    if sys.platform != "linux":
-        return
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-    if os.environ["MUJOCO_GL"] == "osmesa" and not ctypes.util.find_library("OSMesa"):
-        raise UserError(
-            "MUJOCO_GL=osmesa renders with libOSMesa, which is not installed. "
-            f"Run: {PACKAGES}; or set MUJOCO_GL=egl to render on a GPU."
-        )
-    if os.environ["MUJOCO_GL"] == "egl" and not ctypes.util.find_library("EGL"):
-        raise UserError(
-            "MUJOCO_GL=egl renders on a GPU with libEGL, which is not installed. Install the "
-            f"GPU's driver; or set MUJOCO_GL=osmesa, and run: {PACKAGES}"
-        )
-
-
 def check_opencv():
     """Makes sure that `import cv2` works, which training and dataset builders need: the package
     brings opencv-python, whose files, with windows, may be in place of those without.
@@ -151,11 +129,11 @@ def setup():
     """Makes `import libero.libero.envs` work.
 
     Raises:
-      UserError: see `package`, `check_assets` and `check_gl`.
+      UserError: see `package`, `check_assets` and `rendering.setup`.
     """
     package()
     check_assets()
-    check_gl()
+    rendering.setup(PACKAGES)
     # A configuration file of the user's could point to other tasks and meshes.
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull
     for name in ("robosuite_logs", "OpenGL.acceleratesupport"):  # Advice on optional parts.
@@ -283,6 +261,7 @@ class LiberoEnv:
             for _ in range(100):  # Random placement may find no room.
                 if self._env.hard_reset:  # Each loading of the model adds its own again.
                     self._env.object_property_initializers.clear()
+                self._claim_gl()
                 with contextlib.suppress(RandomizationError):
                     self._env.reset()
                     return self._observation() if state is None else self.set_state(state)
@@ -321,15 +300,21 @@ class LiberoEnv:
 
     def render(self, camera: str) -> np.ndarray:
         """uint8[image_size, image_size, 3], oriented by `rotation`."""
-        sim = self._env.sim
-        sim._render_context_offscreen.gl_ctx.make_current()  # Another environment's may be.
-        image = sim.render(
+        self._claim_gl()
+        image = self._env.sim.render(
             height=self.image_size, width=self.image_size, camera_name=CAMERAS[camera]
         )
         return np.ascontiguousarray(image[ROTATIONS[self.rotation]])
 
     def close(self):
+        self._claim_gl()
         self._env.close()
+
+    def _claim_gl(self):
+        """Makes the OpenGL context of this environment the current one. robosuite frees textures
+        and meshes by their numbers, in whatever context is current: else another environment's."""
+        if renderer := getattr(self._env.sim, "_render_context_offscreen", None):
+            renderer.gl_ctx.make_current()
 
     def _observation(self) -> dict:
         import mujoco

@@ -15,20 +15,26 @@ from jaxvp.errors import UserError
 ROTATIONS = {"180": np.s_[::-1, ::-1], "flip": np.s_[::-1], "none": np.s_[:]}
 
 
-def setup():
+def setup(packages: str = "apt-get install libosmesa6"):
     """Chooses OSMesa on Linux, unless MUJOCO_GL says otherwise; before MuJoCo is imported.
 
+    Args:
+      packages: the command that installs what the simulator renders with.
+
     Raises:
-      UserError: OSMesa is not installed.
+      UserError: the library of MUJOCO_GL is not installed.
     """
     logging.getLogger("OpenGL.acceleratesupport").setLevel(logging.ERROR)  # Advice.
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "osmesa")
-        if os.environ["MUJOCO_GL"] == "osmesa" and not ctypes.util.find_library("OSMesa"):
-            raise UserError(
-                "MUJOCO_GL=osmesa renders with libOSMesa, which is not installed. "
-                "Run: apt-get install libosmesa6; or set MUJOCO_GL=egl to render on a GPU."
-            )
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    if os.environ["MUJOCO_GL"] == "osmesa" and not ctypes.util.find_library("OSMesa"):
+        raise UserError("MUJOCO_GL=osmesa renders with libOSMesa, which is not installed. "
+                        f"Run: {packages}; or set MUJOCO_GL=egl to render on a GPU.")
+    if os.environ["MUJOCO_GL"] == "egl" and not ctypes.util.find_library("EGL"):
+        raise UserError("MUJOCO_GL=egl renders on a GPU with libEGL, which is not installed. "
+                        "Install the GPU's driver; or set MUJOCO_GL=osmesa, and run: "
+                        f"{packages}")
 
 
 def simulator(*packages: str) -> str:
@@ -91,11 +97,19 @@ class Renderer:
             limit.offwidth = max(limit.offwidth, self._size[1])
             self._renderer = mujoco.Renderer(self._model, *self._size)
             # At the end of the program, its own way to free OpenGL comes too late and complains.
-            weakref.finalize(self, self._renderer.close)
+            weakref.finalize(self, _close, self._renderer)
         self._renderer.update_scene(data, camera)
         return self._renderer.render()
 
     def close(self):
         if self._renderer is not None:
-            self._renderer.close()
+            _close(self._renderer)
             self._renderer = None
+
+
+def _close(renderer):
+    """MuJoCo frees textures and meshes by their numbers, in whatever OpenGL context is current,
+    which may be another renderer's."""
+    if renderer._gl_context is not None:
+        renderer._gl_context.make_current()
+    renderer.close()

@@ -2,7 +2,26 @@
 
 import numpy as np
 
-from jaxvp.evaluation.protocol import Demonstration, SimEnv
+from jaxvp.evaluation.protocol import Demonstration, Observation, SimEnv
+
+
+class OfExpert:
+    """What suites share whose trials follow from their numbers, and whose environments, which take
+    little memory, have an expert."""
+
+    has_expert, heavy = True, False
+
+    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
+        """What the scripted expert does in the first `count` trials."""
+        return of_expert(self.make(task), count, self.protocol.max_steps)
+
+
+class ByNumber:
+    """What their environments share."""
+
+    def reset_to(self, initial: np.ndarray) -> Observation:
+        """Starts the trial with the number `initial`: an episode follows from its seed."""
+        return self.reset(int(initial))
 
 
 def of_expert(env: SimEnv, count: int, max_steps: int) -> list[Demonstration]:

@@ -19,8 +19,6 @@ calls is asked as at the start of an episode. `--dry_run` checks bundle and data
 import dataclasses
 import io
 import json
-import os
-import platform
 from pathlib import Path
 
 import jax
@@ -41,7 +39,7 @@ from jaxvp.errors import UserError, naming
 from jaxvp.evaluation import report, video_quality
 from jaxvp.policy import bundle as policy_bundle
 from jaxvp.policy import video as policy_video
-from jaxvp.policy.bundle import Bundle, Manifest
+from jaxvp.policy.bundle import Bundle, Manifest, imagines
 from jaxvp.versions import versions
 
 # Held-out data of the kind that a policy was trained on is rarely outside of its range.
@@ -152,9 +150,10 @@ def compare(bundle: Bundle, clips: Clips, chosen: np.ndarray, seed: int) -> dict
       video `video`, see `video_quality.scores`, and `frames_there`, bool[n, future].
     """
     manifest, window, episodes = bundle.manifest, clips.spec.window, clips.episodes
-    modes = {manifest.acting}
-    if predicts_video(manifest):
-        modes.add(policy_video.mode(manifest, str(bundle.path)))
+    modes = {}  # In order: of actions, those of the policy count.
+    if any(map(imagines, manifest.modes)):
+        modes[policy_video.mode(manifest, str(bundle.path))] = None
+    modes[manifest.acting] = None
     parts = []
     for start in rich.progress.track(range(0, len(chosen), manifest.batch_size), "Predicting"):
         numbers = chosen[start : start + manifest.batch_size]
@@ -201,11 +200,6 @@ def _stacked(rows: list[dict]) -> dict:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def predicts_video(manifest: Manifest) -> bool:
-    """Whether a mode of the bundle predicts the video of an observation."""
-    return any(given == ("observation",) and "video" in wanted for given, wanted in manifest.modes)
-
-
 def action_errors(manifest: Manifest, found: dict) -> dict:
     """Mean absolute errors of what `compare` found, over the steps that the episodes have.
 
@@ -222,11 +216,14 @@ def action_errors(manifest: Manifest, found: dict) -> dict:
     for name in PREDICTORS:
         error = np.abs(found["action"][name].astype(np.float64) - truth)
         error[~there] = np.nan
-        by_step = _mean(error, 0)
+        by_step, scaled = _mean(error, 0), error / scale
+        # A mean over fewer dimensions is not comparable with the others'.
+        if np.isnan(found["action"][name][..., std > CONSTANT]).all((0, 1)).any():
+            scaled = np.full_like(error, np.nan)
         result[name] = {
             "error": _plain(_mean(error, (0, 1))), "error_by_step": _plain(by_step),
-            "relative": _plain(_mean(error / scale, None)),
-            "relative_by_step": _plain(_mean(error / scale, (0, 2)))}
+            "relative": _plain(_mean(scaled, None)),
+            "relative_by_step": _plain(_mean(scaled, (0, 2)))}
     return result
 
 
@@ -301,7 +298,7 @@ def run_settings(settings: Settings, console: rich.console.Console):
         "video": video_quality.by_frame(
             found["video"], found["frames_there"], manifest.spec.window.past
         ) if "video" in found else None,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].device_kind}",
+        "hardware": report.hardware(),
         "versions": versions(*report.PACKAGES),
     }
     text = rich.console.Console(file=io.StringIO(), width=120, markup=False, emoji=False)

@@ -44,6 +44,11 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, low), min(1.0, high)
 
 
+def hardware() -> str:
+    """Where this runs."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].device_kind}"
+
+
 def latency(seconds: Sequence[float]) -> dict | None:
     """Mean and percentiles of the calls of a stage, in milliseconds; None if it never ran."""
     if not len(seconds):
@@ -85,7 +90,7 @@ def results(protocol: Protocol, rows: Sequence[Mapping], **about) -> dict:
         "tasks": tasks,
         **about,
         "protocol": protocol.to_dict(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].device_kind}",
+        "hardware": hardware(),
         "versions": versions(*PACKAGES),
         "episodes": rows,
     }

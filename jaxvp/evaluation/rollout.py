@@ -40,8 +40,8 @@ class Policy(typing.Protocol):
         """Which of the next `count` observations, counted from 0, it reads the images of."""
 
     def observe(self, slot: int, observation: Observation, action: np.ndarray | None):
-        """Tells what is seen in environment `slot`: after its reset, and after every step, with the
-        action of that step."""
+        """Tells what is seen in environment `slot`: after its reset, and after every step but the
+        last, with the action of that step."""
 
     def act(self, slots: Collection[int], imagine: Collection[int]
             ) -> dict[int, np.ndarray | None]:
@@ -217,8 +217,10 @@ class _Rollouts:
         """What was seen becomes part of the episode; whether it is the policy's turn."""
         slot = self._slots[reply.slot]
         slot.take(reply)
-        actions = reply.actions or [None]
-        for observation, action in zip(reply.observations, actions, strict=True):
+        told = list(zip(reply.observations, reply.actions or [None], strict=True))
+        if reply.over:
+            told.pop()  # How it ended was not rendered, and nobody acts on it.
+        for observation, action in told:
             self._policy.observe(reply.slot, observation, action)
         if reply.over:
             self._finish(reply.slot, reply.success)

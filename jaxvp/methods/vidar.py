@@ -22,9 +22,8 @@ import numpy as np
 from jaxvp.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, build
 from jaxvp.diffusion.flow_matching import masked_mse
 from jaxvp.errors import UserError
-from jaxvp.methods import base
 from jaxvp.methods.base import Stage
-from jaxvp.methods.video_model import VideoModel
+from jaxvp.methods.video_model import VideoMethod
 from jaxvp.models.inverse_dynamics import InverseDynamics, huber
 
 SEES = ("observation",)
@@ -32,11 +31,10 @@ PART = "inverse_dynamics"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Vidar(base.Method):
+class Vidar(VideoMethod):
     """The method; see the module's docstring.
 
     Attributes:
-      video: fields of VideoModel.
       inverse: fields of InverseDynamics.
       mask_weight: lambda, of the soft mask's mean in the loss.
       huber_delta: where the loss of actions becomes linear.
@@ -44,7 +42,6 @@ class Vidar(base.Method):
         as it is.
     """
 
-    video: Mapping
     inverse: Mapping = dataclasses.field(default_factory=dict)
     mask_weight: NonNegativeFloat = 3e-3
     huber_delta: PositiveFloat = 1.0
@@ -65,15 +62,6 @@ class Vidar(base.Method):
         _ = self.video_model, self.inverse_dynamics  # Wrong sizes fail here, not on the device.
 
     @functools.cached_property
-    def video_model(self) -> VideoModel:
-        return build(VideoModel, {**self.video, "spec": self.spec, "layout": self.layout},
-                     "config.method.video")
-
-    @functools.cached_property
-    def video_models(self) -> dict[str, VideoModel]:
-        return {"video": self.video_model}
-
-    @functools.cached_property
     def inverse_dynamics(self) -> InverseDynamics:
         return build(InverseDynamics, {**self.inverse, "outputs": self.spec.action_size},
                      "config.method.inverse")
@@ -87,21 +75,8 @@ class Vidar(base.Method):
                 PART: Stage(trains=(PART,), reads=() if self.spec.video else ("codec",),
                             window=now)}
 
-    @property
-    def extras(self):
-        return self.video_model.extras
-
-    @property
-    def sharding_rules(self) -> tuple:
-        return self.video_model.sharding_rules
-
     def init(self, part, key):
-        return self.inverse_dynamics.init(key) if part == PART else self.video_model.init(part, key)
-
-    def load(self, part, path, abstract):
-        if part == PART:
-            return super().load(part, path, abstract)
-        return self.video_model.load(part, path, abstract)
+        return self.inverse_dynamics.init(key) if part == PART else super().init(part, key)
 
     def loss(self, params, clip, keys, stage, train):
         if stage == "video":
@@ -144,9 +119,6 @@ class Vidar(base.Method):
         shape = (len(canvas), self.picture_size, self.picture_size, 3)
         resized = jax.image.resize(canvas.astype(jnp.float32), shape, "linear")
         return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
-
-    def render(self, params, clip):
-        return self.video_model.render(params, clip)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

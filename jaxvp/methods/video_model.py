@@ -16,6 +16,7 @@ from jaxvp.config import NonNegativeFloat, PositiveFloat, PositiveInt, Share, bu
 from jaxvp.diffusion import flow_matching as flow
 from jaxvp.diffusion.samplers import SAMPLERS, TIMESTEPS, guided, sigmas
 from jaxvp.errors import UserError
+from jaxvp.methods import base
 from jaxvp.methods.base import bernoulli_rows, normal_rows, split_keys
 from jaxvp.methods.latent_space import LatentSpace
 from jaxvp.models.transformer import WAN_RULES, VideoTransformer, resolve_size
@@ -217,3 +218,43 @@ class VideoModel(LatentSpace):
     def keep_seen(self, params: dict, given: Mapping, latents: jax.Array) -> jax.Array:
         """`latents` with the observed ones in place of what was made of them."""
         return latents.at[:, :self.observed].set(self.seen(params, given))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class VideoMethod(base.Method):
+    """A method with one video model, and with parts of its own.
+
+    Attributes:
+      video: fields of VideoModel.
+    """
+
+    video: Mapping
+
+    @functools.cached_property
+    def video_model(self) -> VideoModel:
+        return build(VideoModel, {**self.video, "spec": self.spec, "layout": self.layout},
+                     "config.method.video")
+
+    @functools.cached_property
+    def video_models(self) -> dict[str, VideoModel]:
+        return {"video": self.video_model}
+
+    @property
+    def extras(self):
+        return self.video_model.extras
+
+    @property
+    def sharding_rules(self) -> tuple:
+        return self.video_model.sharding_rules
+
+    def init(self, part, key):
+        return self.video_model.init(part, key)
+
+    def load(self, part, path, abstract):
+        model = self.video_model
+        if part not in model.trains + model.reads:
+            return super().load(part, path, abstract)
+        return model.load(part, path, abstract)
+
+    def render(self, params, clip):
+        return self.video_model.render(params, clip)

@@ -20,20 +20,18 @@ from jaxvp.config import NonNegativeInt, Share, build
 from jaxvp.diffusion import flow_matching as flow
 from jaxvp.diffusion.samplers import SAMPLERS
 from jaxvp.errors import UserError
-from jaxvp.methods import base
 from jaxvp.methods.base import Stage, bernoulli_rows, normal_rows, split_keys
-from jaxvp.methods.video_model import VideoModel
+from jaxvp.methods.video_model import VideoMethod
 from jaxvp.models.action_head import ActionHead
 
 SEES = ("observation",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class VideoPolicy(base.Method):
+class VideoPolicy(VideoMethod):
     """The method; see the module's docstring.
 
     Attributes:
-      video: fields of VideoModel.
       head: fields of ActionHead; what follows from the data and the video model is filled in.
       taps: blocks of the video transformer that the head sees.
       proprioception: whether the head gets the state, of all observed frames.
@@ -44,7 +42,6 @@ class VideoPolicy(base.Method):
         decides at large ones; at small ones it only has to keep what it is given.
     """
 
-    video: Mapping
     head: Mapping
     taps: tuple[NonNegativeInt, ...] = (2, 4)
     proprioception: bool = True
@@ -64,15 +61,6 @@ class VideoPolicy(base.Method):
         _ = self.action_head  # Wrong sizes fail here, not on the device.
 
     @functools.cached_property
-    def video_model(self) -> VideoModel:
-        return build(VideoModel, {**self.video, "spec": self.spec, "layout": self.layout},
-                     "config.method.video")
-
-    @functools.cached_property
-    def video_models(self) -> dict[str, VideoModel]:
-        return {"video": self.video_model}
-
-    @functools.cached_property
     def action_head(self) -> ActionHead:
         states = self.spec.window.past * self.spec.state_size if self.proprioception else 0
         sizes = {**self.head, "chunk": self.spec.window.chunk,
@@ -89,21 +77,8 @@ class VideoPolicy(base.Method):
             "action": Stage(trains=("action",), reads=video.trains + video.reads, window=window),
             "joint": Stage(trains=(*video.trains, "action"), reads=video.reads, window=window)}
 
-    @property
-    def extras(self):
-        return self.video_model.extras
-
-    @property
-    def sharding_rules(self) -> tuple:
-        return self.video_model.sharding_rules
-
     def init(self, part, key):
-        return self.action_head.init(key) if part == "action" else self.video_model.init(part, key)
-
-    def load(self, part, path, abstract):
-        if part == "action":
-            return super().load(part, path, abstract)
-        return self.video_model.load(part, path, abstract)
+        return self.action_head.init(key) if part == "action" else super().init(part, key)
 
     def loss(self, params, clip, keys, stage, train):
         video_keys, action_keys = split_keys(keys, 2)
@@ -141,9 +116,6 @@ class VideoPolicy(base.Method):
         if "video" in wanted:
             outputs["video"] = model.decode(params, model.keep_seen(params, given, latents))
         return outputs, carry
-
-    def render(self, params, clip):
-        return self.video_model.render(params, clip)
 
     # The action head, for VPP too.
 

@@ -100,6 +100,12 @@ class Analysis:
     def host_bytes(self) -> float:
         return sum(operation.host for operation in self.operations)
 
+    def serial_seconds(self, chip) -> float:
+        """One operation after the other, each at the slowest of its FLOPs, its bytes and, of matrix
+        products, the compiler's cycles, which know how they fill the matrix unit."""
+        return sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
+                   for o in self.operations if not o.background)
+
 
 def analyze(text: str, partitions: int = 1) -> Analysis:
     """What the entry computation of a compiled module does in one run.

@@ -287,9 +287,6 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
             "times": collective.times, "seconds": (near + far) * collective.times,
             "background": collective.background, "source": collective.source})
     plan.collectives.sort(key=lambda c: -c["seconds"])
-    # The compiler's cycles of matrix products know how they fill the matrix unit.
-    serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
-                 for o in analysis.operations if not o.background)
     longest = sorted(
         analysis.operations, key=lambda o: -max(o.flops / chip.flops, o.hbm / chip.hbm))
     plan.operations = [
@@ -302,7 +299,8 @@ def roofline(plan: Plan, analysis: hlo_analysis.Analysis, machine: Machine,
                      "ici": ici, "dcn": dcn, "host": analysis.host_bytes / chip.host}
     plan.bound_by = max(plan.roofline, key=plan.roofline.get)
     plan.step_seconds_bound = plan.roofline[plan.bound_by]
-    plan.step_seconds_estimate = max(plan.step_seconds_bound, serial + blocking)
+    plan.step_seconds_estimate = max(
+        plan.step_seconds_bound, analysis.serial_seconds(chip) + blocking)
     ideal = sum(plan.model_flops.values()) / (plan.chips * chip.flops)
     plan.mfu_bound = ideal / plan.step_seconds_bound
     plan.mfu_estimate = ideal / plan.step_seconds_estimate

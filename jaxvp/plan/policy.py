@@ -63,13 +63,11 @@ def _mode(method, mode, config: step.TrainConfig, params: Mapping, device, machi
     found = hlo_analysis.analyze(compiled.as_text())
     times = {"compute": found.flops / chip.flops, "hbm": found.hbm_bytes / chip.hbm}
     bound_by = max(times, key=times.get)
-    serial = sum(max(o.flops / chip.flops, o.hbm / chip.hbm, o.flops and o.cycles / chip.clock)
-                 for o in found.operations if not o.background)
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(here[0])), "memory": memory,
             "fits": memory <= chip.hbm_bytes, "flops": found.flops, "hbm_bytes": found.hbm_bytes,
             "bound_by": bound_by, "seconds_bound": times[bound_by],
-            "seconds_estimate": max(times[bound_by], serial), "loops": found.loops,
-            "compile_seconds": time.perf_counter() - start}
+            "seconds_estimate": max(times[bound_by], found.serial_seconds(chip)),
+            "loops": found.loops, "compile_seconds": time.perf_counter() - start}
 
 
 def report(plan: Mapping, console: rich.console.Console):

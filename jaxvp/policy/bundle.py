@@ -67,6 +67,12 @@ def acts(mode: Mode) -> bool:
     return given == ("observation",) and "action" in wanted
 
 
+def imagines(mode: Mode) -> bool:
+    """Whether a mode predicts a video of an observation alone."""
+    given, wanted = mode
+    return given == ("observation",) and "video" in wanted
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What policy.json says.

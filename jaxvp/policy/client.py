@@ -55,10 +55,15 @@ class Client:
 
         Raises:
           RuntimeError: the server refused the observation, and says why; the connection stays.
-          TimeoutError, websockets.ConnectionClosed: the server did not answer, or stopped.
+          TimeoutError: the server did not answer in time; the connection is closed.
+          websockets.ConnectionClosed: the server stopped.
         """
         self._connection.send(pack({**observation, "reset": True} if self._reset else observation))
-        answer = self._connection.recv(self._timeout)
+        try:
+            answer = self._connection.recv(self._timeout)
+        except TimeoutError:
+            self.close()  # A late answer would be taken for the next one's.
+            raise
         if isinstance(answer, str):
             raise RuntimeError(answer)
         self._reset = False

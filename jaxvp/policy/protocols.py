@@ -21,7 +21,6 @@ from jaxvp.policy.bundle import Manifest
 GRIPPER = remote.GRIPPER
 LARGEST = 1e9  # No robot is there; and a float32 holds it.
 Convert = Callable[[np.ndarray], np.ndarray]
-LARGEST = 1e30  # What a state may be: policies take float32.
 
 
 def same(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxvp.data import observation as unified
 from jaxvp.errors import UserError
-from jaxvp.policy.bundle import Bundle, text_reader
+from jaxvp.policy.bundle import Bundle, imagines, text_reader
 
 
 @dataclasses.dataclass
@@ -76,6 +76,10 @@ class PolicyRunner:
         name = f"{self._seed}/{task}/{trial}"
         self._episodes[slot] = _Episode(name, self._bundle.initial_carry(1))
 
+    def forget(self, slot: int):
+        """Drops the episode of a robot that is gone, with what it saw."""
+        self._episodes.pop(slot, None)
+
     def observe(self, slot: int, observation: Mapping, action: np.ndarray | None = None):
         """Tells what is seen: after `reset`, and after every control step.
 
@@ -131,7 +135,7 @@ class PolicyRunner:
         steps = steps or manifest.execution_horizon
         chunks = outputs["action"][:, :steps, : len(manifest.action.names)]
         for row, episode in enumerate(episodes):
-            episode.carry = jax.tree.map(lambda x, row=row: x[row : row + 1], carry)
+            episode.carry = _row(carry, np.int32(row))
             episode.due = episode.now + manifest.execution_horizon
         actions = manifest.normalizer.unnormalize("action", chunks)
         return dict(zip(slots, actions, strict=True))
@@ -156,8 +160,7 @@ class PolicyRunner:
     def _imagine(self, rows: Sequence[int], episodes: Sequence[_Episode], given: Mapping,
                  keys: np.ndarray, carry: dict):
         """Predicts and keeps the video of some of the rows."""
-        modes = [wanted for given, wanted in self._manifest.modes
-                 if given == ("observation",) and "video" in wanted]
+        modes = [mode[1] for mode in self._manifest.modes if imagines(mode)]
         if not (rows and modes):
             return
         wanted, index = max(modes, key=len), np.asarray(rows)  # Best with the action that it shows.
@@ -225,6 +228,12 @@ class PolicyRunner:
                     frame[view] = unified.resize(images[camera], *size[:2])
             episode.frames[step] = frame
         return episode.frames[step]
+
+
+@jax.jit
+def _row(carry: dict, row: jax.Array) -> dict:
+    """One row of all; a slice `[row : row + 1]` would be another program for every row."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), carry)
 
 
 def _key(episode: _Episode) -> np.ndarray:

@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import http
 import logging
 import time
@@ -43,7 +44,8 @@ class Limits:
     Attributes:
       message: bytes of a message; the connection of a client that sends more is closed (1009).
       connections: at a time; one more is closed (1013).
-      idle: seconds without a message after which a connection is closed (1001).
+      idle: seconds without a message after which a connection is closed (1001), or in which a
+        client does not take its answer.
     """
 
     message: int = 16 * 2**20
@@ -108,6 +110,7 @@ class Service:
     async def run(self):
         """Runs the policy until it is cancelled."""
         loop = asyncio.get_running_loop()
+        act = functools.partial(self.runner.act, steps=self.manifest.spec.window.chunk)
         while True:
             batch = [await self._waiting.get()]
             while not self._waiting.empty():
@@ -115,28 +118,19 @@ class Service:
             started = time.perf_counter()
             slots = [slot for slot, _, _ in batch]
             try:
-                chunks = await loop.run_in_executor(self._thread, self._act, slots)
+                chunks, failure = await loop.run_in_executor(self._thread, act, slots), None
             except Exception as error:  # A bug is told to those who wait, and is logged there.
-                chunks = dict.fromkeys(slots, error)
+                chunks, failure = {}, error
             timing = {"infer_ms": 1e3 * (time.perf_counter() - started), "batch": len(batch)} | {
                 f"{stage}_ms": 1e3 * times[-1]
                 for stage, times in self.runner.latencies.items() if times}
             for slot, came, answer in batch:
                 if answer.cancelled():
                     continue
-                if isinstance(chunks[slot], Exception):
-                    answer.set_exception(chunks[slot])
+                if failure:
+                    answer.set_exception(failure)
                 else:
                     answer.set_result((chunks[slot], {"wait_ms": 1e3 * (started - came), **timing}))
-
-    def _act(self, slots: list[int]) -> dict[int, np.ndarray | UserError]:
-        """The chunk of every robot, or what is wrong with its observation alone."""
-        try:
-            return self.runner.act(slots, steps=self.manifest.spec.window.chunk)
-        except UserError as error:
-            if len(slots) == 1:
-                return {slots[0]: error}
-            return {slot: self._act([slot])[slot] for slot in slots}
 
 
 def openpi_refusal(row: protocols.Client, manifest: protocols.Manifest) -> str:
@@ -268,12 +262,13 @@ async def run(service: Service, host: str, port: int, stop: asyncio.Event,
                     await connection.send(greeting)
                 await _converse(connection, session, listening, stop, limits)
         finally:
+            service.runner.forget(slot)
             free.append(slot)
 
     policy = asyncio.create_task(service.run())
     try:
         async with serve(handle, host, port, process_request=respond, compression=None,
-                         max_size=limits.message, ping_interval=None) as server:
+                         max_size=limits.message, max_queue=1, ping_interval=None) as server:
             ready(server.sockets[0].getsockname()[1])
             await stop.wait()
             server.close(close_connections=False)
@@ -304,5 +299,10 @@ async def _converse(connection: ServerConnection, session, listening: set, stop:
             log.exception("A request failed")
             reply = session.refusal(f"a bug of the server, see its log: {type(error).__name__}")
         if reply is not None:
-            await connection.send(reply)
+            try:
+                async with asyncio.timeout(limits.idle):
+                    await connection.send(reply)
+            except TimeoutError:  # It does not read.
+                connection.transport.abort()
+                return
     await connection.close(GOING_AWAY, "the server stops")

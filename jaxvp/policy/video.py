@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxvp.data import augment, observation
 from jaxvp.errors import UserError
-from jaxvp.policy.bundle import Manifest, Mode, function_name
+from jaxvp.policy.bundle import Manifest, Mode, function_name, imagines
 
 
 def mode(manifest: Manifest, where: str) -> Mode:
@@ -15,8 +15,7 @@ def mode(manifest: Manifest, where: str) -> Mode:
     Raises:
       UserError: no mode does; the message names those of the bundle, `where`.
     """
-    modes = [mode for mode in manifest.modes
-             if mode[0] == ("observation",) and "video" in mode[1]]
+    modes = [mode for mode in manifest.modes if imagines(mode)]
     if not modes:
         names = ", ".join(function_name(mode).removesuffix(".stablehlo")
                           for mode in manifest.modes)

@@ -11,6 +11,7 @@ that of the same task, trial and step there, where the task is named by its inst
 
 import asyncio
 import collections
+import functools
 import io
 import time
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def _message(data: bytes) -> tuple[str, dict, int]:
     Raises:
       UserError: it is none.
     """
-    message = server.read(data, _decode)
+    message = server.read(data, functools.partial(_decode, [MAX_PIXELS]))
     expected = {"type": str, "payload": dict, "seq": int}
     for name, kind in expected.items():
         if not isinstance(message.get(name), kind):
@@ -137,8 +138,12 @@ def _encode(value):
             "shape": list(value.shape)}
 
 
-def _decode(found: dict):
+def _decode(left: list[int], found: dict):
     """The array or image that a map is, if it is one.
+
+    Args:
+      left: one number, how many pixels the images of the message may still have.
+      found: the map.
 
     Raises:
       ValueError: it cannot be read, or is too large.
@@ -152,8 +157,10 @@ def _decode(found: dict):
         raise ValueError(f"an image is bytes, found {type(data).__name__}")
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"an image of {image.width} x {image.height} is too large")
+        left[0] -= image.width * image.height
+        if left[0] < 0:
+            raise ValueError(f"images of more than {MAX_PIXELS:,} pixels, the last of "
+                             f"{image.width} x {image.height}, are too large")
         return np.asarray(image)
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError,
             PIL.Image.DecompressionBombWarning) as error:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from jaxvp.envs import libero
+from jaxvp.envs import libero, rendering
 from jaxvp.errors import UserError
 
 SHARED = Path(os.environ.get("JAXVP_LIBERO", Path(__file__).parents[3] / "shared" / "libero"))
@@ -122,7 +122,7 @@ def test_a_task_without_its_files_is_named(monkeypatch, tmp_path):
 ])
 def test_opengl_that_is_missing_is_named(versions, monkeypatch, platform, message):
     monkeypatch.setenv("MUJOCO_GL", platform)
-    monkeypatch.setattr(libero.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(rendering.ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(libero, "package", lambda: None)
     with pytest.raises(UserError, match=message):
         libero.setup()
@@ -278,5 +278,8 @@ def test_two_environments_render_their_own_scenes(env):
     try:
         assert other.render("agentview").shape == (48, 48, 3)
         np.testing.assert_array_equal(env.render("agentview"), alone)
+        before = other.render("agentview")
+        env.reset(start)  # It frees the scene that it had, and not the other's.
+        np.testing.assert_array_equal(other.render("agentview"), before)
     finally:
         other.close()

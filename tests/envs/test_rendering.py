@@ -52,6 +52,24 @@ def test_renderer_shows_the_top_row_first_at_any_size():
     assert red[0] < 250 < blue[0] and red[1] < blue[1]
 
 
+def test_closing_a_renderer_leaves_the_others_alone():
+    rendering.setup()
+    import mujoco
+
+    models = [mujoco.MjModel.from_xml_string(SCENE.replace("1 0 0 1", colour))
+              for colour in ("1 0 0 1", "0 1 0 1")]
+    data = [mujoco.MjData(model) for model in models]
+    for model, state in zip(models, data, strict=True):
+        mujoco.mj_forward(model, state)
+    one, other = (rendering.Renderer(model, 64, 64) for model in models)
+    one(data[0], "front")
+    before = other(data[1], "front").copy()
+    one.close()
+    np.testing.assert_array_equal(other(data[1], "front"), before)
+    other.close()
+    assert before.std() > 5
+
+
 def test_osmesa_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setattr(rendering.sys, "platform", "linux")

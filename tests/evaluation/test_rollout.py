@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import counting_suite
 import numpy as np
 import pytest
 from counting_suite import PROTOCOL, Chunks, Suite
@@ -27,12 +26,12 @@ def test_receding_horizon():
     assert episodes == [Episode("b", 0, True, 6, [])] and episodes[0].calls == [0, 4]
 
 
-def test_every_observation_is_told_with_the_action_before_it():
+def test_every_observation_but_the_last_is_told_with_the_action_before_it():
     policy = Chunks(2)
     run(policy, tasks=("a",), trials=2)
     assert policy.told == [
-        (0, "reset"), (0, 0.0, None), (0, 1.0, 1.0), (0, 2.0, 1.0), (0, 3.0, 1.0),
-        (0, "reset"), (0, -1.0, None), (0, 0.0, 1.0), (0, 1.0, 1.0), (0, 2.0, 1.0), (0, 3.0, 1.0)]
+        (0, "reset"), (0, 0.0, None), (0, 1.0, 1.0), (0, 2.0, 1.0),
+        (0, "reset"), (0, -1.0, None), (0, 0.0, 1.0), (0, 1.0, 1.0), (0, 2.0, 1.0)]
 
 
 def test_success_ends_a_chunk_early():
@@ -127,12 +126,14 @@ def test_images_are_read_only_where_the_policy_looks():
 
 
 def test_an_image_that_nobody_asked_for_is_no_missing_camera():
-    policy = counting_suite.Stateful()
-    run(policy, tasks=("b",), trials=1)
-    seen = policy.episodes[0]["seen"]
-    assert isinstance(seen, Unseen) and tuple(seen) == ("agentview",)
+    policy, seen = Chunks(4), []
+    policy.observe = lambda slot, observation, action: (
+        seen.append(observation["images"]), Chunks.observe(policy, slot, observation, action))
+    run(policy, tasks=("b",), trials=1)  # It looks at the start, and after the chunk.
+    assert [isinstance(images, Unseen) for images in seen] == [False, True, True, True, False, True]
+    assert tuple(seen[1]) == ("agentview",)
     with pytest.raises(RuntimeError, match="agentview was not rendered"):
-        seen["agentview"]
+        seen[1]["agentview"]
 
 
 def test_frames():

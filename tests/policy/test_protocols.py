@@ -119,7 +119,7 @@ def test_a_policy_may_read_a_part_of_the_state():
     np.testing.assert_allclose(seen["state"], [1, 0])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, -1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e10, -1e300])
 def test_a_state_that_is_none(value):
     row = CLIENTS["libero"]
     translator = Translator(row, row.openpi, manifest_of(row))
@@ -147,6 +147,22 @@ def test_rotations():
     w, y = np.cos(np.pi / 4), np.sin(np.pi / 4)
     found = protocols.bridge_state(np.array([0.1, 0.2, 0.3, w, 0, y, 0, 0.7]))
     np.testing.assert_allclose(found, [0.1, 0.2, 0.3, 0, 0, 0, 0.7], atol=1e-9)
+    turned = expected @ protocols.LOOKING_DOWN
+    w = np.sqrt(1 + np.trace(turned)) / 2
+    xyz = np.array([turned[2, 1] - turned[1, 2], turned[0, 2] - turned[2, 0],
+                    turned[1, 0] - turned[0, 1]]) / (4 * w)
+    found = protocols.bridge_state(np.array([0, 0, 0, w, *xyz, 1]))
+    np.testing.assert_allclose(found[3:6], [roll, pitch, yaw], atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "protocol", "expected"), [
+    ("simpler", "openpi", [0, 1, 2, 3, 4, 5, 7]), ("simpler_google", "openpi", [*range(7), -6]),
+    ("simpler_google", "vla_eval", [0, 1, 2, 4, 5, 6, 3, 7]),
+    ("calvin", "vla_eval", [*range(7), 4])])
+def test_states_as_the_datasets_have_them(kind, protocol, expected):
+    """Of a client that sends 0 to 7, whatever these mean."""
+    form = getattr(CLIENTS[kind], protocol)
+    np.testing.assert_array_equal(form.to_state(np.arange(8.0)), expected)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -17,6 +17,8 @@ from jaxvp.data.observation import describe
 from jaxvp.data.rlds import Episodes
 from jaxvp.data.spec import ClipSpec, Window, observe
 from jaxvp.data.text import ByteTokenizer
+from jaxvp.evaluation.rollout import rollouts
+from jaxvp.evaluation.suites import tabletop
 from jaxvp.policy.bundle import Manifest, save
 from jaxvp.policy.runner import PolicyRunner
 
@@ -223,6 +225,27 @@ def test_images_are_read_only_where_a_frame_is_wanted():
     # Acting at 5 reads the frames of 3 and 5; a call at 15 reads that of 13.
     assert rendered(12, 5, past=2) == {0, 3, 5, 8, 10}
     assert rendered(14, 5, past=2) == {0, 3, 5, 8, 10, 13}
+
+
+@pytest.mark.parametrize(("horizon", "max_steps"), [(4, 8), (4, 6), (3, 8)])
+def test_a_policy_that_sees_what_was_goes_to_the_end_of_an_episode(horizon, max_steps):
+    """Nobody rendered how it ended, though a later call would have looked there."""
+    suite = tabletop.TabletopSuite("tabletop", image_size=16)
+    protocol = dataclasses.replace(suite.protocol, tasks=("lift_tray",), trials=2,
+                                   max_steps=max_steps)
+    policy = PolicyRunner(Bundle(spec=toy_bundle.window(fps=5.0, past=3),
+                                 execution_horizon=horizon))
+    found = list(rollouts(suite, protocol, policy, num_envs=2))
+    assert [episode.steps for episode in found] == [max_steps] * 2
+
+
+def test_a_robot_that_is_gone_is_forgotten():
+    policy = runner(Bundle(), seen=(None, None))
+    policy.forget(0)
+    policy.forget(0)
+    assert list(policy.act([1])) == [1]
+    with pytest.raises(KeyError):
+        policy.act([0])
 
 
 class Imagining(Bundle):

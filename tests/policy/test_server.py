@@ -275,6 +275,15 @@ def test_what_one_client_is_refused_does_not_touch_the_others():
             assert isinstance(wrong.exception(), RuntimeError)
 
 
+def test_a_late_answer_is_not_taken_for_the_next():
+    with serving(Bundle(seconds=1.0)) as (url, _), Client(url) as client:
+        client._timeout = 0.2
+        with pytest.raises(TimeoutError):
+            client.infer(OBSERVATION)
+        with pytest.raises(websockets.ConnectionClosed):
+            client.infer(OBSERVATION)
+
+
 def test_a_bug_is_logged_with_its_traceback_and_told_as_one(caplog):
     bundle = Bundle()
     bundle.error = ZeroDivisionError("of the policy")
@@ -361,6 +370,8 @@ def test_vla_eval_errors_name_their_message_and_keep_the_connection():
             assert kind == "error" and "an image" in payload["error"]
         large = png(np.zeros((8192, 4096), np.uint8))
         assert "too large" in ask(connection, "observation", {"x": large}, 0)[1]["error"]
+        half = png(np.zeros((3000, 3000), np.uint8))  # Two of them are more than a message may.
+        assert "too large" in ask(connection, "observation", {"x": half, "y": half}, 0)[1]["error"]
         assert ask(connection, "observation", as_vla_eval(), 6)[0] == "action"
 
 

@@ -9,36 +9,26 @@ Reward 4 is reached when the left gripper touches the cube in the air, and when 
 socket touches its pin.
 """
 
-import numpy as np
 
 from jaxvp.envs import aloha, rendering
-from jaxvp.errors import UserError
-from jaxvp.evaluation import demonstrations
-from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+from jaxvp.evaluation.demonstrations import ByNumber, OfExpert
+from jaxvp.evaluation.protocol import Observation, Protocol
 
 SUITES = ("aloha",)
 # Seeds of the builder's episodes start at 1,000,000.
 FIRST_SEED = 1000
 
 
-class AlohaSuite:
+class AlohaSuite(OfExpert):
     """The tasks of `aloha.TASKS`; implements `protocol.Suite`.
 
     Args:
       name: of the suite.
       image_size: None: pictures of 480 x 640 pixels; otherwise squeezed to a square, see
         `aloha.AlohaEnv`; as in the training data.
-
-    Raises:
-      UserError: there is no such suite.
     """
 
-    has_expert = True
-    heavy = False
-
     def __init__(self, name: str, image_size: int | None = None):
-        if name not in SUITES:
-            raise UserError(f"No ALOHA suite {name!r}; there is {', '.join(SUITES)}.")
         self._image_size = image_size
         low, high = aloha.limits()
         self.protocol = Protocol(
@@ -68,42 +58,15 @@ class AlohaSuite:
         return aloha.TASKS[task]
 
     def make(self, task: str) -> "AlohaTask":
-        return AlohaTask(aloha.AlohaEnv(task, self._image_size))
-
-    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
-        """What the scripted expert does in the first `count` trials."""
-        return demonstrations.of_expert(self.make(task), count, self.protocol.max_steps)
+        return AlohaTask(task, self._image_size)
 
 
-class AlohaTask:
+
+class AlohaTask(ByNumber, aloha.AlohaEnv):
     """One task of the suite; implements `protocol.SimEnv`, with an expert.
 
     The image of an observation is rendered when it is first read, see `rendering.Images`.
     """
 
-    def __init__(self, env: aloha.AlohaEnv):
-        self._env = env
-
     def reset(self, trial: int) -> Observation:
-        return self._env.reset(FIRST_SEED + trial)
-
-    def reset_to(self, initial: np.ndarray) -> Observation:
-        """Starts the trial with the number `initial`: an episode follows from its seed."""
-        return self.reset(int(initial))
-
-    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        return self._env.step(action)
-
-    def expert_action(self) -> np.ndarray:
-        return self._env.expert_action()
-
-    @property
-    def expert_is_done(self) -> bool:
-        return self._env.expert_is_done
-
-    @property
-    def table_is_touched(self) -> bool:
-        return self._env.table_is_touched
-
-    def close(self):
-        self._env.close()
+        return super().reset(FIRST_SEED + trial)

@@ -10,13 +10,14 @@ per task, so that a trial does not depend on those before it.
 """
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from jaxvp.envs import libero, libero_expert
+from jaxvp.envs import libero, libero_expert, rendering
 from jaxvp.errors import UserError, did_you_mean
 from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
 
@@ -57,7 +58,8 @@ PROTOCOLS = {
 }
 # What `jaxvp.evaluate --check` asks before it makes a suite: names, and what raises a UserError.
 CHECKS = {"packages": libero.package, "meshes and textures": libero.check_assets,
-          "OpenGL": libero.check_gl, "OpenCV": libero.check_opencv}
+          "OpenGL": functools.partial(rendering.setup, libero.PACKAGES),
+          "OpenCV": libero.check_opencv}
 FIRST_SEED = 100_000  # Of random placements; those of demonstrations are larger.
 
 

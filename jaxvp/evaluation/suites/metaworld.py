@@ -18,9 +18,8 @@ import dataclasses
 import numpy as np
 
 from jaxvp.envs import metaworld, rendering
-from jaxvp.errors import UserError
-from jaxvp.evaluation import demonstrations
-from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+from jaxvp.evaluation.demonstrations import ByNumber, OfExpert
+from jaxvp.evaluation.protocol import Observation, Protocol
 
 # Seeds of the builder's episodes start at 1,000,000.
 FIRST_SEED = 1000
@@ -67,24 +66,16 @@ def view_text(view: str) -> str:
     return camera if place is None else f"{camera} at {place}"
 
 
-class MetaWorldSuite:
+class MetaWorldSuite(OfExpert):
     """One of SUITES; implements `protocol.Suite`.
 
     Args:
       name: of the suite.
       image_size: height and width of images in pixels, as in the training data; None: the
         protocol's own size. A square shows the middle of AVDC's wider picture.
-
-    Raises:
-      UserError: there is no such suite.
     """
 
-    has_expert = True
-    heavy = False
-
     def __init__(self, name: str, image_size: int | None = None):
-        if name not in SUITES:
-            raise UserError(f"No Meta-World suite {name!r}; there are {', '.join(SUITES)}.")
         self._rules = rules = SUITES[name]
         views = len(rules.views)
         self.protocol = Protocol(
@@ -118,12 +109,9 @@ class MetaWorldSuite:
     def make(self, task: str) -> "MetaWorldTask":
         return MetaWorldTask(self.protocol, self._rules, task)
 
-    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
-        """What the package's scripted expert does in the first `count` trials."""
-        return demonstrations.of_expert(self.make(task), count, self.protocol.max_steps)
 
 
-class MetaWorldTask:
+class MetaWorldTask(ByNumber):
     """One task of a suite; implements `protocol.SimEnv`, with an expert.
 
     The image of an observation is rendered when it is first read, see `rendering.Images`.
@@ -138,10 +126,6 @@ class MetaWorldTask:
         number, view = divmod(trial, len(self._rules.views))
         seed = self._rules.first_seed + number
         return self._env.reset(seed, self._rules.views[view]) | self._texts
-
-    def reset_to(self, initial: np.ndarray) -> Observation:
-        """Starts the trial with the number `initial`: an episode follows from its seed."""
-        return self.reset(int(initial))
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         observation, success = self._env.step(action)

@@ -7,9 +7,8 @@ import numpy as np
 from jaxvp.envs import tabletop
 from jaxvp.envs.rendering import Images
 from jaxvp.envs.tabletop_world import HIGH, LOW
-from jaxvp.errors import UserError
-from jaxvp.evaluation import demonstrations
-from jaxvp.evaluation.protocol import Demonstration, Observation, Protocol
+from jaxvp.evaluation.demonstrations import ByNumber, OfExpert
+from jaxvp.evaluation.protocol import Observation, Protocol
 
 # Trial i is the episode of seed FIRST_SEED + i. Training data has seeds from 1,000,000 on.
 FIRST_SEED = 100_000
@@ -38,23 +37,15 @@ SUITES = {
 }
 
 
-class TabletopSuite:
+class TabletopSuite(OfExpert):
     """One of SUITES; implements `protocol.Suite`.
 
     Args:
       name: of the suite.
       image_size: height and width of every camera, in pixels; best as in the training data.
-
-    Raises:
-      UserError: there is no such suite.
     """
 
-    has_expert = True
-    heavy = False
-
     def __init__(self, name: str, image_size: int = 64):
-        if name not in SUITES:
-            raise UserError(f"No tabletop suite {name!r}; there are {', '.join(SUITES)}.")
         self._conditions = SUITES[name]
         env = self._env(self._conditions.tasks[0], image_size)
         self.protocol = Protocol(
@@ -88,9 +79,6 @@ class TabletopSuite:
     def make(self, task: str) -> "TabletopTask":
         return TabletopTask(self._env(task, self.protocol.camera_size[0]))
 
-    def demonstrations(self, task: str, count: int) -> list[Demonstration]:
-        """What the scripted expert does in the first `count` trials."""
-        return demonstrations.of_expert(self.make(task), count, self.protocol.max_steps)
 
     def _env(self, task: str, image_size: int) -> tabletop.TabletopEnv:
         return tabletop.TabletopEnv(
@@ -102,7 +90,7 @@ class TabletopSuite:
         )
 
 
-class TabletopTask:
+class TabletopTask(ByNumber):
     """One task of a suite; implements `protocol.SimEnv`, with an expert.
 
     The images of an observation are rendered when they are first read, see `rendering.Images`.
@@ -114,10 +102,6 @@ class TabletopTask:
     def reset(self, trial: int) -> Observation:
         self._env.reset(seed=FIRST_SEED + trial)
         return self._observation()
-
-    def reset_to(self, initial: np.ndarray) -> Observation:
-        """Starts the trial with the number `initial`: an episode follows from its seed."""
-        return self.reset(int(initial))
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         success = self._env.advance(action)

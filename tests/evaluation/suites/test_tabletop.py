@@ -91,8 +91,3 @@ def test_suites_show_what_they_say():
     for name in ("tabletop_unseen_backgrounds", "tabletop_unseen_distractors"):
         assert not np.array_equal(images[name], images["tabletop"])
     np.testing.assert_array_equal(images["tabletop_core"], images["tabletop"])
-
-
-def test_unknown_suite():
-    with pytest.raises(ValueError, match="No tabletop suite 'table'; there are tabletop"):
-        tabletop.TabletopSuite("table")
